@@ -1,0 +1,29 @@
+"Mix a subject LoRA and a style LoRA in one diffusion picture, without training, and see what was chosen."
+__version__ = "0.1.0"
+
+_public = dict(
+    lora="read_lora LoRA LowRank LoRAError",
+    scores="score Scores balance",
+    plan="Plan",
+    rules="est klora topk direct switch",
+    fusion="fuse Fusion FusionError",
+    probes="discrepancy Discrepancy",
+    mixing="mix load Mix",
+    testbed="demo Demo",
+)
+_home = {name: module for module, names in _public.items() for name in names.split()}
+__all__ = list(_home)
+
+
+def __getattr__(name):
+    "Import a public name's room when it is first asked for, so that `import loramix` itself needs neither torch nor diffusers."
+    if name not in _home: raise AttributeError(f"module 'loramix' has no attribute {name!r}")
+    from importlib import import_module
+    value = getattr(import_module(f"loramix.{_home[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__():
+    "The public names, whether or not their rooms have been imported yet."
+    return sorted([*globals(), *__all__])
