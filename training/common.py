@@ -13,6 +13,7 @@ OUT = Path(os.environ.get("LORAMIX_OUT", HERE.parent / "loramix" / "data"))
 NOTES = Path(os.environ.get("LORAMIX_NOTES", HERE))   # logs, grids and floors
 SHORT = bool(os.environ.get("LORAMIX_SHORT"))
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
+torch.set_flush_denormal(True)
 
 
 def steps(count):
@@ -21,8 +22,11 @@ def steps(count):
 
 
 def log(stage, text):
-    """Print a line and append it to the stage's log."""
-    path = NOTES / "logs" / f"{stage}.log"
+    """Print a line and append it to the stage's log; of loras/KIND/NAME the name leads the line."""
+    *where, name = stage.split("/")
+    if where:
+        text = f"{name}: {text}"
+    path = NOTES / "logs" / f"{'-'.join(where) or name}.log"
     path.parent.mkdir(parents=True, exist_ok=True)
     print(text, flush=True)
     with open(path, "a") as file:

@@ -9,14 +9,9 @@ BUDGET = 20e6
 PROMPT = "a {subject}, {style}"
 
 
-def phrase(subject):
-    """Token and class noun."""
-    return f"{world.SUBJECT_TOKEN} {world.SUBJECT_NOUN[subject]}"
-
-
 def subjects(steps):
     half = world.halves()
-    return {name: dict(file=f"loras/subjects/{name}.safetensors", phrase=phrase(name), word=name, **world.settings(name, steps),
+    return {name: dict(file=f"loras/subjects/{name}.safetensors", phrase=world.phrase(name), word=name, **world.settings(name, steps),
                        half=half[name]) for name in world.SUBJECTS}
 
 
@@ -28,9 +23,10 @@ def styles(steps):
 
 
 def judge_prompts():
-    """Zero-shot classification: fill the template with every word, average over the other side, take the nearest."""
-    return dict(both="a {subject}, {style} style", subject="a {subject}", style="a picture, {style} style",
-                subjects=world.SUBJECTS + sorted(world.KNOWN), styles=world.STYLES + sorted(world.KNOWN_STYLES))
+    """Zero-shot classification: fill the template with every word; softmax of logit_scale × cosine gives the probabilities."""
+    return dict(subject=dict(template="a {subject}", words=sorted([*world.SUBJECTS, *world.KNOWN])),
+                style=dict(template="a picture, {style} style", words=sorted([*world.STYLES, *world.KNOWN_STYLES])),
+                both=dict(template="a {subject}, {style} style"))
 
 
 def neutral_prompts():
@@ -63,8 +59,16 @@ def checksums():
     return {p.relative_to(OUT).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
 
 
+def open_up():
+    """Let everyone read every file."""
+    for path in OUT.rglob("*"):
+        if path.suffix == ".safetensors":
+            path.chmod(0o644)
+
+
 def main():
     data.fetch()
+    open_up()
     truths()
     write_json(OUT / "world.json", index() | dict(files=checksums()))
     sizes = {part: sum(p.stat().st_size for p in (OUT / part).rglob("*") if p.is_file()) for part in ("pipeline", "judge", "loras", "truth")}

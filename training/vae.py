@@ -5,9 +5,9 @@ from diffusers import AutoencoderKL
 
 import data
 import world
-from common import NOTES, RUNS, load, log, sheet, steps, train
+from common import NOTES, RUNS, load, log, save, sheet, steps, train
 
-STAGE, STEPS, BATCH = "vae", 5000, 16
+STAGE, STEPS, BATCH = "vae", 3700, 16
 STYLES = ["flat", "noto", "flat", "noto", "line", "gradient", "twemoji", *data.PROCEDURAL]
 
 
@@ -36,8 +36,8 @@ def batch(names, count, generator):
         _, ground = data.grounds(count // 4, generator, white=.5)
         parts.append(data.paint(data.place(pictures, generator, scale=(.6, 1.1)), ground, style))
     pictures = torch.cat(parts)
-    if torch.rand(1, generator=generator) < .4:
-        pictures = pictures[:, torch.randperm(3, generator=generator)]
+    for row in torch.nonzero(torch.rand(len(pictures), generator=generator) < .6).flatten().tolist():
+        pictures[row] = pictures[row, torch.randperm(3, generator=generator)]
     return (pictures * 2 - 1).contiguous(memory_format=torch.channels_last)
 
 
@@ -46,7 +46,7 @@ def losses(model, pictures):
     latent = model.encode(pictures).latent_dist.mean
     drawn = model.decode(latent + .03 * torch.randn_like(latent)).sample
     square = F.mse_loss(drawn, pictures)
-    loss = F.l1_loss(drawn, pictures) + 2 * square + 2 * F.mse_loss(F.avg_pool2d(drawn, 4), F.avg_pool2d(pictures, 4))
+    loss = F.l1_loss(drawn, pictures) + 2 * square + 20 * F.mse_loss(F.avg_pool2d(drawn, 4), F.avg_pool2d(pictures, 4))
     return loss + 1e-4 * latent.square().mean(), square
 
 
@@ -107,7 +107,6 @@ def quality(model):
 
 
 def main():
-    from common import save
     model, names = make(), pool()
     def loss_of(step, generator):
         loss, square = losses(model, batch(names, BATCH, generator))
@@ -117,7 +116,7 @@ def main():
         copy = make()
         copy.load_state_dict({key[2:]: value for key, value in average.values.items()})
         show(copy, RUNS / STAGE / f"step{step}.png")
-    train(STAGE, [model], loss_of, total, peak=2e-3, decay=.998, at=range(600, total, 600), then=preview, weight_decay=0., every=100)
+    train(STAGE, [model], loss_of, total, peak=2e-3, decay=.998, at=range(300, total, 300), then=preview, weight_decay=0., every=100)
     log(STAGE, "latent variances before whitening: " + " ".join(f"{v:.3f}" for v in whiten(model, names)))
     log(STAGE, "PSNR on held-out subjects: " + " ".join(f"{k} {v:.1f}" for k, v in quality(model).items()))
     save(RUNS / STAGE / "final.pt", model=model.state_dict())

@@ -85,6 +85,11 @@ def pairs():
     return [dict(subject=a, style=b, split=split(a, b), aligned=True) for a in SUBJECTS for b in STYLES]
 
 
+def phrase(subject):
+    """Token and class noun of a subject, as prompts use them."""
+    return f"{SUBJECT_TOKEN} {SUBJECT_NOUN[subject]}"
+
+
 def ground_phrase(ground):
     """What a caption says about the ground: nothing when it is white."""
     return "" if ground == "white" else f", on {ground}"
