@@ -10,12 +10,13 @@ __all__ = ['PAPER', 'INK', 'FAINT', 'SUBJECT', 'STYLE', 'OTHER', 'NEITHER', 'BOT
            'room', 'text_width', 'shorten', 'wrap', 'head', 'Rows', 'merge_blocks', 'row_tops', 'thin', 'give_way',
            'label_columns', 'lay_rows', 'draw_labels', 'rows_page', 'check_roles', 'check_table', 'both_sides',
            'side_names', 'step_width', 'step_ticks', 'name_axis', 'step_axis', 'draw_map', 'plan_map', 'repaint',
-           'as_picture', 'fit_picture', 'strip', 'contact_sheet', 'lora_colours', 'lora_legend', 'shares',
-           'draw_shares', 'draw_energies', 'energy_map', 'choices', 'turns', 'draw_levels', 'crossing',
-           'crossing_limits', 'frame_crossing', 'spread', 'name_levels']
+           'as_picture', 'fit_picture', 'strip', 'contact_sheet', 'lora_colours', 'lora_legend', 'draw_shares',
+           'shares', 'draw_energies', 'energy_map', 'choices', 'turns', 'draw_levels', 'crossing_limits',
+           'frame_crossing', 'spread', 'name_levels', 'crossing']
 
-# %% ../nbs/00_drawing.ipynb #789a9be2
+# %% ../nbs/00_drawing.ipynb #dc5df0a0
 import functools, io, re
+from math import ceil
 from typing import NamedTuple
 
 import matplotlib
@@ -29,14 +30,14 @@ from matplotlib.patches import Rectangle
 from matplotlib.textpath import text_to_path
 from PIL import Image
 
-# %% ../nbs/00_drawing.ipynb #5a394e40
+# %% ../nbs/00_drawing.ipynb #a7823e1e
 PAPER, INK, FAINT = "#FCFBF8", "#22262B", "#8A8D91"   # behind everything; text; rules and hints
 SUBJECT, STYLE, OTHER = "#14609F", "#F0932B", "#A9ABAE"  # the two sides, and LoRAs that always act
 NEITHER, BOTH = "#E5E3DD", "#211B33"                  # the other two corners of a cell
 GROUND = "#F3F1EB"                                    # behind dots and lines
 SMALL, TEXT, HEAD = 8.5, 9.5, 11.5                    # type sizes in points
 
-# %% ../nbs/00_drawing.ipynb #ceb14ce0
+# %% ../nbs/00_drawing.ipynb #5a8a4e19
 def rgb(
     colour:str # "#RRGGBB"
 ) -> np.ndarray: # float64 [3], 0 … 1
@@ -53,7 +54,6 @@ def cell_colours(
     c, s = c[..., None], s[..., None]
     return (1-c)*(1-s)*rgb(NEITHER) + c*(1-s)*rgb(SUBJECT) + (1-c)*s*rgb(STYLE) + c*s*rgb(BOTH)
 
-# %% ../nbs/00_drawing.ipynb #96120408
 def as_numbers(
     values # list, array or CPU tensor
 ) -> np.ndarray: # float64
@@ -61,7 +61,7 @@ def as_numbers(
     if hasattr(values, "detach"): values = values.detach().cpu().double()
     return np.asarray(values, dtype=np.float64)
 
-# %% ../nbs/00_drawing.ipynb #d327167b
+# %% ../nbs/00_drawing.ipynb #c38c563a
 def split_name(
     name:str # a layer's module path, "unet.down_blocks.0.…"
 ) -> list: # [(word, number or None)]
@@ -72,7 +72,7 @@ def split_name(
         else: words.append((word, None))
     return words
 
-# %% ../nbs/00_drawing.ipynb #57b7eb00
+# %% ../nbs/00_drawing.ipynb #30590855
 FLOW = """text_encoder text_encoder_2 text_encoder_3 unet transformer
     embeddings conv_in x_embedder img_in pos_embed time_embedding time_text_embed time_in vector_in guidance_in add_embedding class_embedding
     context_embedder txt_in proj_in down down_blocks mid mid_block norm1 norm1_context norm norm2 norm2_context
@@ -81,7 +81,7 @@ FLOW = """text_encoder text_encoder_2 text_encoder_3 unet transformer
     ff ff_context mlp fc1 fc2 proj_mlp downsamplers upsamplers up up_blocks norm_out proj_out conv_norm_out conv_out text_projection""".split()
 RANK = {word: (rank, turn) for rank, words in enumerate(FLOW) for turn, word in enumerate(words.split("="))}
 
-# %% ../nbs/00_drawing.ipynb #c97037ed
+# %% ../nbs/00_drawing.ipynb #2515bc36
 def flow_key(
     name:str # a layer's module path
 ) -> tuple: # a key for sorted()
@@ -100,7 +100,7 @@ def layer_order(
     "The order in which data flows through the layers: text encoders, down, middle, up (or double blocks, single blocks)."
     return sorted(range(len(names)), key=lambda i: flow_key(names[i]))
 
-# %% ../nbs/00_drawing.ipynb #1510359c
+# %% ../nbs/00_drawing.ipynb #3876cfc6
 class Place(NamedTuple):
     "Where a layer stands, in words short enough for a label; empty where a name does not say."
     block: str  # "down 0", "mid", "double 3", "text encoder", "in", "out"
@@ -109,7 +109,6 @@ class Place(NamedTuple):
     part: str   # "attn1", "attn2", "ff", "conv"
     role: str   # "q", "k", "v", "out", "in", "conv1"
 
-# %% ../nbs/00_drawing.ipynb #ebce2ada
 COMPONENTS = dict(unet="", transformer="", text_encoder="text encoder", text_encoder_2="text encoder 2", text_encoder_3="text encoder 3")
 BLOCKS = dict(down_blocks="down", mid_block="mid", up_blocks="up", transformer_blocks="double", single_transformer_blocks="single",
               double_blocks="double", single_blocks="single")
@@ -122,7 +121,7 @@ ROLES = {"to_q": "q", "to_k": "k", "to_v": "v", "to_out": "out", "q_proj": "q", 
 STARTS = set(FLOW[FLOW.index("embeddings"):FLOW.index("down")]) - {"proj_in"}
 ENDS = {"norm_out", "proj_out", "conv_norm_out", "conv_out", "text_projection"}
 
-# %% ../nbs/00_drawing.ipynb #b8311c86
+# %% ../nbs/00_drawing.ipynb #47b031eb
 def _numbered(word, number): return word if number is None else f"{word} {number}"
 
 def _block(words):
@@ -137,7 +136,7 @@ def _block(words):
     word, number = words[0]
     return _numbered(BLOCKS.get(word, word), number), words[1:]
 
-# %% ../nbs/00_drawing.ipynb #fb14933b
+# %% ../nbs/00_drawing.ipynb #ec3cafad
 def layer_place(
     name:str # a layer's module path
 ) -> Place:
@@ -160,7 +159,7 @@ def _part(words):
     if len(words) == 1: part = "conv" if part.startswith("conv") else "attn" if part.startswith("to_") else role.split(" ")[0]
     return dict(self_attn="attn", mlp="ff").get(part, part), role
 
-# %% ../nbs/00_drawing.ipynb #e1d258d1
+# %% ../nbs/00_drawing.ipynb #c4d7f44b
 class Run(NamedTuple):
     "Rows from `start` up to, not including, `stop` that share a label."
     label: str
@@ -180,7 +179,7 @@ def layer_blocks(
     'The blocks of a model as data flows through them: "down 0", "mid", "up 2", "double 3".'
     return runs([layer_place(names[i]).block for i in layer_order(names)])
 
-# %% ../nbs/00_drawing.ipynb #53627c41
+# %% ../nbs/00_drawing.ipynb #1d726898
 DPI, WIDTH = 100, 840     # pixels to the inch; pixels across a page
 
 def plain(draw):
@@ -192,7 +191,7 @@ def plain(draw):
             return draw(*args, **kwargs)
     return drawn
 
-# %% ../nbs/00_drawing.ipynb #72aadfd1
+# %% ../nbs/00_drawing.ipynb #f0e351fd
 @plain
 def figure_png(
     fig:Figure, # a figure made by any function of this room, or any other
@@ -211,7 +210,7 @@ class Drawing(Figure):
     flat = True # a diagram in few colours; False where pictures are in it
     def _repr_png_(self): return figure_png(self)
 
-# %% ../nbs/00_drawing.ipynb #d58967d9
+# %% ../nbs/00_drawing.ipynb #724c8298
 def sheet(width:float, height:float) -> Drawing:
     "An empty page of so many pixels."
     fig = Drawing(figsize=(width/DPI, height/DPI), dpi=DPI, facecolor=PAPER)
@@ -225,7 +224,6 @@ def write(fig, x:float, y:float, text:str, size:float=TEXT, **kwargs):
     width, height = _size(fig)
     return fig.text(x/width, 1 - y/height, text, **{"fontsize": size, "color": INK, "va": "center", "parse_math": False, **kwargs})
 
-# %% ../nbs/00_drawing.ipynb #d2fbf8ba
 def paint(fig, x:float, y:float, width:float, height:float, colour, **kwargs) -> Rectangle:
     "A filled rectangle on the page, in pixels."
     w, h = _size(fig)
@@ -240,23 +238,23 @@ def room(fig, x:float, y:float, width:float, height:float):
     for spine in axes.spines.values(): spine.set_visible(False)
     return axes
 
-# %% ../nbs/00_drawing.ipynb #cb15fead
+# %% ../nbs/00_drawing.ipynb #73746678
 @functools.lru_cache(4096)
 def text_width(text:str, size:float=TEXT, weight:str="normal") -> float:
     "How many pixels wide a line of text comes out, with a little to spare for the rounding of letters to pixels."
     font = FontProperties(family="DejaVu Sans", size=size, weight=weight)
     return text_to_path.get_text_width_height_descent(text, font, ismath=False)[0] * 1.04*DPI/72 if text else 0.
 
-def shorten(text:str, width:float, size:float=TEXT) -> str:
+def shorten(text:str, width:float, size:float=TEXT, weight:str="normal") -> str:
     "The text, cut in the middle until it is at most `width` pixels wide."
-    if text_width(text, size) <= width: return text
+    if text_width(text, size, weight) <= width: return text
     keep = len(text)
-    while keep > 2 and text_width(_cut(text, keep), size) > width: keep -= 1
+    while keep > 2 and text_width(_cut(text, keep), size, weight) > width: keep -= 1
     return _cut(text, keep)
 
 def _cut(text, keep): return text[:(keep+1)//2].rstrip() + "…" + text[len(text) - keep//2:].lstrip()
 
-# %% ../nbs/00_drawing.ipynb #be717bcf
+# %% ../nbs/00_drawing.ipynb #3794ef02
 def wrap(text:str, width:float, size:float=TEXT, weight:str="normal") -> list:
     "The text in lines of at most `width` pixels, broken at spaces; a word that is too long is cut in its middle."
     lines = []
@@ -267,9 +265,9 @@ def wrap(text:str, width:float, size:float=TEXT, weight:str="normal") -> list:
             if line and text_width(longer, size, weight) > width: lines.append(line); longer = word
             line = longer
         lines.append(line)
-    return [shorten(line, width, size) for line in lines]
+    return [shorten(line, width, size, weight) for line in lines]
 
-# %% ../nbs/00_drawing.ipynb #047cfef4
+# %% ../nbs/00_drawing.ipynb #914d343a
 def head(
     title, # text or None
     entries, # [(colours of the swatch, text)]: no colour, one, or several side by side
@@ -294,7 +292,7 @@ def _draw_head(fig, lines, spots):
         for i, colour in enumerate(colours): paint(fig, x + i*max(12/len(colours), 8), y + 2, max(12/len(colours), 8), 12, colour)
         write(fig, x + _swatch(colours), y + 8, text)
 
-# %% ../nbs/00_drawing.ipynb #acc2a930
+# %% ../nbs/00_drawing.ipynb #b20a386c
 class Rows(NamedTuple):
     "Layers laid out from top to bottom."
     order: list     # positions of the layers in the order of the rows
@@ -312,9 +310,9 @@ class Rows(NamedTuple):
     @property
     def widths(self): return [max((text_width(label, SMALL) for label, *_ in column), default=-12) + 12 for column in self.columns]
     @property
-    def left(self): return 12 + int(np.ceil(sum(self.widths)))
+    def left(self): return 12 + ceil(sum(self.widths))
 
-# %% ../nbs/00_drawing.ipynb #fd7f8bc5
+# %% ../nbs/00_drawing.ipynb #c5853110
 def merge_blocks(places, height:int, lowest:int=20) -> list:
     "Places in which numbered blocks lower than `lowest` pixels, eight or more of a kind, have become units of one block."
     kinds = {}
@@ -325,7 +323,7 @@ def merge_blocks(places, height:int, lowest:int=20) -> list:
     split = [place.block.rpartition(" ") for place in places]
     return [place._replace(block=kind, unit=number) if kind in crowded else place for place, (kind, _, number) in zip(places, split)]
 
-# %% ../nbs/00_drawing.ipynb #d5e1bc1f
+# %% ../nbs/00_drawing.ipynb #b26894b0
 def row_tops(places, height:int) -> np.ndarray:
     "The pixel at which each row begins: 6 of gap between blocks, 2 between units."
     gaps = [0] + [6 if a.block != b.block else 2 if a.unit != b.unit and not b.unit.isdigit() else 0 for a, b in zip(places, places[1:])]
@@ -340,7 +338,7 @@ def thin(entries, least:float=LINE, sparse:bool=False) -> list:
         if (np.diff(middles) >= least).all(): return entries[::n]
     return []
 
-# %% ../nbs/00_drawing.ipynb #14ae052b
+# %% ../nbs/00_drawing.ipynb #be823c8c
 def _row_label(place): return place.role if place.role.startswith(place.part) else f"{place.part} {place.role}"
 
 def _part_label(place, deep): return f"{place.depth} {place.part}" if deep else place.part
@@ -352,13 +350,12 @@ def give_way(entries, least:float=LINE) -> list:
         if all(abs(entry[1] + entry[2] - e[1] - e[2]) >= 2*least for e in kept): kept.append(entry)
     return sorted(kept, key=lambda e: e[1])
 
-# %% ../nbs/00_drawing.ipynb #9a47e7a7
 def _entries(keys, labels, top, height, start):
     "A column's entries over the rows from `start`: one for each run of equal keys that has a label."
     return [(labels[run.start], int(top[start + run.start]), int(top[start + run.stop - 1]) + height)
             for run in runs(keys) if labels[run.start]]
 
-# %% ../nbs/00_drawing.ipynb #e886ff39
+# %% ../nbs/00_drawing.ipynb #86bce23e
 def label_columns(places, top, height:int) -> list:
     "The columns block, unit, part (or row), with only those labels that have room."
     columns = [[], [], []]
@@ -373,7 +370,7 @@ def label_columns(places, top, height:int) -> list:
         columns[2] += rows if height >= LINE else parts if len(rows) > 1 else []
     return [columns[0], give_way(columns[1]), give_way(columns[2])]
 
-# %% ../nbs/00_drawing.ipynb #a56319de
+# %% ../nbs/00_drawing.ipynb #8656dfc7
 def lay_rows(
     layers, # layer names, in any order
     tall:int=660 # pixels the rows may take without their gaps; with more layers than that, a row is one pixel all the same
@@ -386,7 +383,7 @@ def lay_rows(
     top = row_tops(places, height)
     return Rows(order, top, height, label_columns(places, top, height))
 
-# %% ../nbs/00_drawing.ipynb #1df80880
+# %% ../nbs/00_drawing.ipynb #ea953294
 def draw_labels(fig, rows:Rows, x:float, y:float) -> None:
     "Write the label columns of `rows` on the page, from pixel `x` on, with a thin bracket beside what shares a label."
     for column, width in zip(rows.columns, rows.widths):
@@ -399,7 +396,7 @@ def draw_labels(fig, rows:Rows, x:float, y:float) -> None:
             if last - first > rows.height: paint(fig, x + width - 5, y + first + 1, 1, last - first - 2, FAINT)
         x += width
 
-# %% ../nbs/00_drawing.ipynb #e6a1e68d
+# %% ../nbs/00_drawing.ipynb #90c9a72e
 def rows_page(
     rows:Rows, # the layout
     right:float, # pixel at which what is drawn beside the labels ends
@@ -414,7 +411,7 @@ def rows_page(
     draw_labels(fig, rows, 8, y)
     return fig, y
 
-# %% ../nbs/00_drawing.ipynb #8f105192
+# %% ../nbs/00_drawing.ipynb #1061b717
 ROLE_NAMES = ("subject", "style", "always")
 
 def check_roles(
@@ -429,7 +426,7 @@ def check_roles(
     if unknown: raise ValueError(f'A role is "subject", "style" or "always"; got {unknown[0]!r}.')
     return tuple(roles)
 
-# %% ../nbs/00_drawing.ipynb #391ee8e6
+# %% ../nbs/00_drawing.ipynb #6ee16b13
 def check_table(
     table, # numbers
     what:str, # how to call them in a message
@@ -444,7 +441,7 @@ def check_table(
     if not np.isfinite(table).all(): raise ValueError(f"{what} must be finite numbers; {int((~np.isfinite(table)).sum())} are not.")
     return table
 
-# %% ../nbs/00_drawing.ipynb #34b35962
+# %% ../nbs/00_drawing.ipynb #5779b41b
 def both_sides(
     weights, # [steps, layers, loras]
     roles # role of each LoRA
@@ -456,7 +453,6 @@ def side_names(loras, roles) -> dict:
     "The names of each role's LoRAs, in one text."
     return {role: ", ".join(name for name, own in zip(loras, roles) if own == role) for role in ROLE_NAMES}
 
-# %% ../nbs/00_drawing.ipynb #e6045927
 def _map_legend(subject, style, names):
     "The legend's entries for the cells that a map holds."
     entries = [([rgb(SUBJECT)], f"subject: {shorten(names['subject'], 320)}")] if names["subject"] else []
@@ -470,7 +466,7 @@ def _map_legend(subject, style, names):
     if names["always"]: entries.append(([rgb(OTHER)], f"always, not in the map: {shorten(names['always'], 320)}"))
     return entries
 
-# %% ../nbs/00_drawing.ipynb #d3fe2815
+# %% ../nbs/00_drawing.ipynb #cd0edf83
 def step_width(steps:int, width:float) -> float:
     "Pixels across for each of so many steps in at most `width` pixels: a whole number, at most 80."
     each = min(width / steps, 80)
@@ -485,7 +481,7 @@ def step_ticks(steps:int, width:float, least:float=34.) -> list:
         ticks.append(steps - 1)
     return ticks
 
-# %% ../nbs/00_drawing.ipynb #7d73319b
+# %% ../nbs/00_drawing.ipynb #1c3569e4
 def name_axis(axes, label:str, width:float=WIDTH) -> None:
     "Write what the horizontal axis measures: in its middle, or from the left on where axes are narrow."
     axes.set_xlabel(label, fontsize=TEXT, color=INK, labelpad=3, loc="center" if width >= 240 else "left", parse_math=False)
@@ -505,7 +501,7 @@ def draw_map(axes, colours, rows:Rows) -> list:
     axes.set(ylim=(rows.bottom, 0), yticks=[])
     return images
 
-# %% ../nbs/00_drawing.ipynb #77c7d6d2
+# %% ../nbs/00_drawing.ipynb #1d0fea8b
 @plain
 def plan_map(
     weights, # [steps, layers, loras]: how much of each LoRA acts, without strengths (a plan's `choice`)
@@ -527,7 +523,7 @@ def plan_map(
     fig.rows, fig.roles = rows, roles
     return fig
 
-# %% ../nbs/00_drawing.ipynb #26dfd622
+# %% ../nbs/00_drawing.ipynb #cdc1f909
 @plain
 def repaint(
     fig:Figure, # what `plan_map` returned
@@ -545,7 +541,7 @@ def repaint(
     if step is not None:
         axes.add_patch(Rectangle((step - .5, 0), 1, rows.bottom, fill=False, edgecolor=INK, linewidth=1.6, clip_on=False))
 
-# %% ../nbs/00_drawing.ipynb #2da16f17
+# %% ../nbs/00_drawing.ipynb #a390a5c1
 def as_picture(
     image # PIL image, or array or tensor [h, w], [h, w, 1|3|4] or [1|3|4, h, w]: uint8, or float from 0 to 1
 ) -> np.ndarray: # uint8 [h, w, 3]; what is transparent shows the paper
@@ -565,7 +561,7 @@ def _picture_bytes(image):
     if array.dtype != np.uint8: array = np.round(np.clip(np.nan_to_num(array.astype(np.float64)), 0, 1) * 255).astype(np.uint8)
     return array[..., 0] if array.ndim == 3 and array.shape[2] == 1 else array
 
-# %% ../nbs/00_drawing.ipynb #3bd53edd
+# %% ../nbs/00_drawing.ipynb #c451943a
 def fit_picture(
     picture, # uint8 [h, w, 3]
     largest:float, # the longer side may have so many pixels
@@ -575,9 +571,9 @@ def fit_picture(
     side = max(picture.shape[:2])
     factor = int(np.clip(largest // side, 1, 4)) if scale is None else scale
     if scale is not None or side <= largest: return picture.repeat(factor, 0).repeat(factor, 1)
-    return np.asarray(Image.fromarray(picture).reduce(int(np.ceil(side / largest))))
+    return np.asarray(Image.fromarray(picture).reduce(ceil(side / largest)))
 
-# %% ../nbs/00_drawing.ipynb #bfda37a5
+# %% ../nbs/00_drawing.ipynb #94205e63
 def _set_picture(fig, picture, x, y, cell):
     "Set a picture into the middle of its cell, one pixel of the page for each of its own."
     height, width = picture.shape[:2]
@@ -589,18 +585,17 @@ def _set_picture(fig, picture, x, y, cell):
 def _set_lines(fig, lines, x, y, **kwargs):
     for i, line in enumerate(lines): write(fig, x, y + 14*i, line, **kwargs)
 
-# %% ../nbs/00_drawing.ipynb #83cb58fd
 ROLE_COLOURS = dict(subject=SUBJECT, style=STYLE)
 
 def _fit_all(pictures, columns, left, scale):
     "The pictures at their sizes on the page, and the size of a cell that holds each of them."
+    if all(p is None for p in pictures): raise ValueError("A strip or contact sheet needs at least one picture; got none.")
     largest = min((WIDTH - 24 - left - 8*(columns - 1)) / columns, 300)
     pictures = [None if p is None else fit_picture(as_picture(p), largest, scale) for p in pictures]
     shapes = [p.shape for p in pictures if p is not None]
-    if not shapes: raise ValueError("There is no picture to show.")
     return pictures, (max(max(s[1] for s in shapes), 64), max(s[0] for s in shapes))
 
-# %% ../nbs/00_drawing.ipynb #e6a85ba6
+# %% ../nbs/00_drawing.ipynb #4872cc60
 def _grid_page(title, left, line, columns, lines, cell, top=0):
     "A page for a grid of pictures, where its first line begins, and how high a line is."
     width = max(24 + left + columns*(cell[0] + 8) - 8, 300 if title else 0)
@@ -617,7 +612,7 @@ def _place(fig, picture, lines, role, x, y, cell, above=0):
     else: _set_picture(fig, picture, x, y + above, cell)
     if role: paint(fig, x, y + above + cell[1] + 3, cell[0], 4, ROLE_COLOURS.get(role, OTHER))
 
-# %% ../nbs/00_drawing.ipynb #4d73c407
+# %% ../nbs/00_drawing.ipynb #5b7dfb71
 @plain
 def strip(
     images, # PIL images, arrays or tensors; None leaves a place empty
@@ -631,18 +626,17 @@ def strip(
     images, labels = list(images), list(labels or [])
     for what, have in (("labels", labels), ("roles", roles or [])):
         if have and len(have) != len(images): raise ValueError(f"{len(images)} pictures need {len(images)} {what}; got {len(have)}.")
-    columns = columns or -(-len(images) // max(1, -(-len(images) // 6)))
+    columns = columns or ceil(len(images) / ceil(len(images) / 6)) if images else 1
     pictures, cell = _fit_all(images, columns, 0, scale)
     lines = [wrap(str(label), cell[0] + 4) for label in labels] or [[]]*len(images)
     above, below = 14*max(map(len, lines)) + (6 if labels else 0), 8 if roles else 0
-    page = functools.partial(_grid_page, columns=columns, lines=-(-len(images) // columns), cell=cell)
-    fig, y, line = page(title, 0, above + cell[1] + below + 10)
+    fig, y, line = _grid_page(title, 0, above + cell[1] + below + 10, columns, ceil(len(images) / columns), cell)
     for i, picture in enumerate(pictures):
         spot = 12 + (i % columns)*(cell[0] + 8), y + (i // columns)*line
         _place(fig, picture, lines[i], roles and roles[i], *spot, cell, above)
     return fig
 
-# %% ../nbs/00_drawing.ipynb #21a6686e
+# %% ../nbs/00_drawing.ipynb #53ddbc90
 @plain
 def contact_sheet(
     grid, # rows of pictures, all of one length; None leaves a place empty
@@ -666,7 +660,7 @@ def contact_sheet(
     for i, picture in enumerate(pictures): _place(fig, picture, [], None, 12 + left + i % columns*(cell[0] + 8), y + i // columns*line, cell)
     return fig
 
-# %% ../nbs/00_drawing.ipynb #922195bd
+# %% ../nbs/00_drawing.ipynb #b403f013
 def lora_colours(
     roles # role of each LoRA
 ) -> list: # rgb of each
@@ -682,7 +676,16 @@ def lora_legend(loras, roles) -> list:
     "A legend's entry for each LoRA."
     return [([colour], f"{role}: {shorten(name, 320)}") for name, role, colour in zip(loras, roles, lora_colours(roles))]
 
-# %% ../nbs/00_drawing.ipynb #cbfac3d9
+def draw_shares(axes, part, colours) -> None:
+    "Stack the parts [steps, loras] of each step, with lines at a quarter, a half and three quarters."
+    edges, below = np.arange(len(part) + 1) - .5, np.zeros(len(part))
+    for values, colour in zip(part.T, colours):
+        axes.stairs(below + values, edges, baseline=below, fill=True, facecolor=colour, edgecolor=PAPER, linewidth=.5)
+        below = below + values
+    for level in (.25, .5, .75): axes.axhline(level, color=PAPER, linewidth=.8, alpha=.7)
+    axes.set(ylim=(0, 1), yticks=[0, .25, .5, .75, 1], yticklabels=["0", "25 %", "50 %", "75 %", "100 %"])
+
+# %% ../nbs/00_drawing.ipynb #f288168b
 @plain
 def shares(
     weights, # [steps, layers, loras], or [steps, loras] if summed already
@@ -705,17 +708,7 @@ def shares(
     step_axis(axes, len(part), each*len(part))
     return fig
 
-# %% ../nbs/00_drawing.ipynb #f59a533a
-def draw_shares(axes, part, colours) -> None:
-    "Stack the parts [steps, loras] of each step, with lines at a quarter, a half and three quarters."
-    edges, below = np.arange(len(part) + 1) - .5, np.zeros(len(part))
-    for values, colour in zip(part.T, colours):
-        axes.stairs(below + values, edges, baseline=below, fill=True, facecolor=colour, edgecolor=PAPER, linewidth=.5)
-        below = below + values
-    for level in (.25, .5, .75): axes.axhline(level, color=PAPER, linewidth=.8, alpha=.7)
-    axes.set(ylim=(0, 1), yticks=[0, .25, .5, .75, 1], yticklabels=["0", "25 %", "50 %", "75 %", "100 %"])
-
-# %% ../nbs/00_drawing.ipynb #bc64fe00
+# %% ../nbs/00_drawing.ipynb #871c9096
 def _limits(values):
     "Ends of a log axis that holds all positive values, with room on both sides."
     values = values[np.isfinite(values) & (values > 0)]
@@ -730,9 +723,23 @@ def _log_ticks(low, high, most=5):
     for series in ((1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8), (1, 1.5, 2, 3, 5, 7), (1, 2, 5), (1, 3), (1,)):
         ticks = [m * 10.**k for k in powers for m in series if low <= m * 10.**k <= high]
         if len(ticks) <= most: return ticks
-    return ticks[::-(-len(ticks) // most)]
+    return ticks[::ceil(len(ticks) / most)]
 
-# %% ../nbs/00_drawing.ipynb #898774fc
+def _balanced(energy, gamma, roles):
+    "The panel of balanced energies: its name, and the subjects' columns divided by γ."
+    gamma = as_numbers(gamma)
+    if gamma.shape not in ((), (len(roles),)) or not (np.isfinite(gamma).all() and (gamma > 0).all()):
+        raise ValueError(f"gamma is one number above 0, or one for each of {len(roles)} LoRAs; got {gamma.tolist()}.")
+    divisor = np.where([role == "subject" for role in roles], gamma, 1.)
+    name = f"balanced: subject's ÷ γ = {float(gamma):.3g}" if gamma.ndim == 0 else "balanced: subjects' ÷ γ"
+    return name, energy / divisor
+
+def _ground(fig, rows, x, y, width):
+    "Axes over the rows of a panel, with a ground behind each run of rows."
+    for a, b in rows.spans: paint(fig, x, y + rows.top[a], width, rows.top[b-1] + rows.height - rows.top[a], GROUND, zorder=-1)
+    return room(fig, x, y, width, rows.bottom)
+
+# %% ../nbs/00_drawing.ipynb #05d775b6
 def draw_energies(axes, energy, rows:Rows, roles, limits) -> None:
     "Energies [layers, loras], one row a layer: a dot for each LoRA, a bar between the strongest of each side, zeros as arrows at the edge."
     low, high = limits
@@ -749,7 +756,7 @@ def draw_energies(axes, energy, rows:Rows, roles, limits) -> None:
     axes.minorticks_off()
     axes.set_xticklabels([f"{tick:g}" for tick in axes.get_xticks()])
 
-# %% ../nbs/00_drawing.ipynb #17c74e8f
+# %% ../nbs/00_drawing.ipynb #dbb17254
 @plain
 def energy_map(
     energy, # [layers, loras]: ‖ΔW‖² of each layer in each LoRA; 0 where a file does not hold the layer
@@ -770,24 +777,12 @@ def energy_map(
     fig, y = rows_page(rows, rows.left + len(panels)*(each + 28) - 28, title, legend)
     limits = _limits(np.stack([values for _, values in panels]))
     for i, (name, values) in enumerate(panels):
-        x = rows.left + i*(each + 28)
-        for a, b in rows.spans: paint(fig, x, y + rows.top[a], each, rows.top[b-1] + rows.height - rows.top[a], GROUND, zorder=-1)
-        axes = room(fig, x, y, each, rows.bottom)
+        axes = _ground(fig, rows, rows.left + i*(each + 28), y, each)
         draw_energies(axes, values, rows, roles, limits)
         name_axis(axes, name)
     return fig
 
-# %% ../nbs/00_drawing.ipynb #b00db9da
-def _balanced(energy, gamma, roles):
-    "The panel of balanced energies: its name, and the subjects' columns divided by γ."
-    gamma = as_numbers(gamma)
-    if gamma.shape not in ((), (len(roles),)) or not (np.isfinite(gamma).all() and (gamma > 0).all()):
-        raise ValueError(f"gamma is one number above 0, or one for each of {len(roles)} LoRAs; got {gamma.tolist()}.")
-    divisor = np.where([role == "subject" for role in roles], gamma, 1.)
-    name = f"balanced: subject's ÷ γ = {float(gamma):.3g}" if gamma.ndim == 0 else "balanced: subjects' ÷ γ"
-    return name, energy / divisor
-
-# %% ../nbs/00_drawing.ipynb #dcdddb04
+# %% ../nbs/00_drawing.ipynb #f8b04189
 def choices(
     ratios, # [layers]
     ramp # [steps]
@@ -801,7 +796,7 @@ def turns(
     "The steps at which each layer turns."
     return [(np.flatnonzero(row[1:] != row[:-1]) + 1).tolist() for row in chosen]
 
-# %% ../nbs/00_drawing.ipynb #3d8e39de
+# %% ../nbs/00_drawing.ipynb #429b92ef
 def _marked(marked, layers, turned):
     "Positions of the layers to name: those asked for, or else the first, the middle one and the last that turn."
     if marked is None:
@@ -821,7 +816,7 @@ def _mark_label(layer, steps, subject_first):
     if not steps: return f"{where}: {'subject' if subject_first else 'style'} throughout"
     return f"{where}: turns at {', '.join(map(str, steps[:4]))}{' …' if len(steps) > 4 else ''}"
 
-# %% ../nbs/00_drawing.ipynb #fd166f3f
+# %% ../nbs/00_drawing.ipynb #0fbb76fb
 def _level_lines(ratios, chosen, turned):
     "Pieces of level lines between turns, and the side that each belongs to."
     pieces, sides = [], []
@@ -838,37 +833,7 @@ def draw_levels(axes, ratios, chosen, turned, width:float, alpha:float) -> None:
     dots = [(step - .5, ratio) for ratio, steps in zip(ratios, turned) for step in steps]
     if dots: axes.plot(*zip(*dots), "o", color=INK, markersize=1.5 + 2*width, markeredgewidth=0, alpha=max(alpha, .5), zorder=4)
 
-# %% ../nbs/00_drawing.ipynb #e41feb0f
-@plain
-def crossing(
-    ratios, # [layers]: E_c / (γ E_s); 0 or infinite where only one file holds the layer
-    ramp, # [steps]: S(p)
-    progress, # [steps]: p of each step
-    layers=None, # layer names
-    marked=None, # layers to name, by name or position; None: the first, the middle one and the last that turn; (): none
-    title:str=None # set above
-) -> Figure:
-    "Why a layer turns at which step: its energy ratio, a level line, against the time ramp. `ValueError` where lengths differ."
-    ratios, ramp, progress = _check_crossing(ratios, ramp, progress, layers)
-    chosen = choices(ratios, ramp)
-    turned = turns(chosen)
-    named = _marked(marked, layers, turned)
-    labels = [shorten(_mark_label(i if layers is None else layers[i], turned[i], chosen[i, 0]), 320, SMALL) for i in named]
-    right = int(max((text_width(label, SMALL) for label in labels), default=0)) + 20
-    each = step_width(len(ramp), WIDTH - 64 - right)
-    width = max(64 + each*len(ramp) + right, 460)
-    draw_head, y = head(title, [([rgb(SUBJECT)], "subject acts"), ([rgb(STYLE)], "style acts"), ([rgb(INK)], "time ramp S(p)")], width)
-    fig = sheet(width, y + 360 + 62)
-    draw_head(fig)
-    paint(fig, 64, y, each*len(ramp), 360, GROUND, zorder=-1)
-    axes = room(fig, 64, y, each*len(ramp), 360)
-    draw_levels(axes, ratios, chosen, turned, .8, float(np.clip(30/len(ratios), .15, .6)))
-    draw_levels(axes, ratios[named], chosen[named], [turned[i] for i in named], 2.2, 1.)
-    frame_crossing(axes, ratios, ramp, progress, named, each*len(ramp))
-    name_levels(axes, ratios[named], labels)
-    return fig
-
-# %% ../nbs/00_drawing.ipynb #50c6ceeb
+# %% ../nbs/00_drawing.ipynb #cd90c96c
 def _check_crossing(ratios, ramp, progress, layers):
     "The three as arrays, checked against each other."
     ratios, ramp = as_numbers(ratios), check_table(ramp, "The ramp", steps=None)
@@ -885,7 +850,18 @@ def crossing_limits(ratios, ramp, named) -> tuple:
     asked = ratios[named][np.isfinite(ratios[named]) & (ratios[named] > 0)]
     return (min(low, asked.min()/1.2), max(high, asked.max()*1.2)) if len(asked) else (low, high)
 
-# %% ../nbs/00_drawing.ipynb #1d7a0297
+# %% ../nbs/00_drawing.ipynb #ac094ab9
+def _crossing_page(title, steps, right):
+    "A page with axes for so many steps and `right` pixels beside them: (page, axes, pixels across the axes)."
+    across = steps*step_width(steps, WIDTH - 64 - right)
+    width = max(64 + across + right, 460)
+    draw_head, y = head(title, [([rgb(SUBJECT)], "subject acts"), ([rgb(STYLE)], "style acts"), ([rgb(INK)], "time ramp S(p)")], width)
+    fig = sheet(width, y + 360 + 62)
+    draw_head(fig)
+    paint(fig, 64, y, across, 360, GROUND, zorder=-1)
+    return fig, room(fig, 64, y, across, 360), across
+
+# %% ../nbs/00_drawing.ipynb #d5a9353a
 def frame_crossing(axes, ratios, ramp, progress, named, width:float) -> None:
     "The ramp as a staircase, both axes, and how many layers lie outside."
     low, high = crossing_limits(ratios, ramp, named)
@@ -904,6 +880,7 @@ def _count_outside(axes, count, at, va, where):
     text = f"{count} layer{'s' if count > 1 else ''} {where} the frame"
     if count: axes.text(.01, at, text, transform=axes.transAxes, fontsize=SMALL, color=INK, va=va, zorder=5, bbox=dict(facecolor=GROUND, edgecolor="none", alpha=.85, pad=2))
 
+# %% ../nbs/00_drawing.ipynb #b48fb173
 def spread(at, least:float, low:float, high:float) -> np.ndarray:
     "Positions moved as little as need be, upwards first, so that neighbours are `least` apart; within the ends as far as there is room."
     at, order = np.clip(np.array(at, dtype=float), low, high), np.argsort(at, kind="stable")
@@ -917,3 +894,26 @@ def name_levels(axes, ratios, labels) -> None:
     at = (np.log(np.clip(ratios, 1e-300, 1e300)) - low) / (high - low) * 360
     for label, y in zip(labels, spread(at, LINE, 5, 355)):
         axes.annotate(label, (1, y/360), xycoords="axes fraction", xytext=(5, 0), textcoords="offset points", fontsize=SMALL, color=INK, va="center", parse_math=False)
+
+# %% ../nbs/00_drawing.ipynb #5fea87ec
+@plain
+def crossing(
+    ratios, # [layers]: E_c / (γ E_s); 0 or infinite where only one file holds the layer
+    ramp, # [steps]: S(p)
+    progress, # [steps]: p of each step
+    layers=None, # layer names
+    marked=None, # layers to name, by name or position; None: the first, the middle one and the last that turn; (): none
+    title:str=None # set above
+) -> Figure:
+    "Why a layer turns at which step: its energy ratio, a level line, against the time ramp. `ValueError` where lengths differ."
+    ratios, ramp, progress = _check_crossing(ratios, ramp, progress, layers)
+    chosen = choices(ratios, ramp)
+    turned = turns(chosen)
+    named = _marked(marked, layers, turned)
+    labels = [shorten(_mark_label(i if layers is None else layers[i], turned[i], chosen[i, 0]), 320, SMALL) for i in named]
+    fig, axes, width = _crossing_page(title, len(ramp), max((text_width(label, SMALL) for label in labels), default=0) + 20)
+    draw_levels(axes, ratios, chosen, turned, .8, float(np.clip(30/len(ratios), .15, .6)))
+    draw_levels(axes, ratios[named], chosen[named], [turned[i] for i in named], 2.2, 1.)
+    frame_crossing(axes, ratios, ramp, progress, named, width)
+    name_levels(axes, ratios[named], labels)
+    return fig
