@@ -223,6 +223,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'loramix.lora._Place': ('lora.html#_place', 'loramix/lora.py'),
                               'loramix.lora._above': ('lora.html#_above', 'loramix/lora.py'),
                               'loramix.lora._abs_sum': ('lora.html#_abs_sum', 'loramix/lora.py'),
+                              'loramix.lora._acts': ('lora.html#_acts', 'loramix/lora.py'),
                               'loramix.lora._alpha_scale': ('lora.html#_alpha_scale', 'loramix/lora.py'),
                               'loramix.lora._assemble': ('lora.html#_assemble', 'loramix/lora.py'),
                               'loramix.lora._budget': ('lora.html#_budget', 'loramix/lora.py'),

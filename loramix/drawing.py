@@ -14,7 +14,7 @@ __all__ = ['PAPER', 'INK', 'FAINT', 'SUBJECT', 'STYLE', 'OTHER', 'NEITHER', 'BOT
            'shares', 'draw_energies', 'energy_map', 'choices', 'turns', 'draw_levels', 'crossing_limits',
            'frame_crossing', 'spread', 'name_levels', 'crossing']
 
-# %% ../nbs/00_drawing.ipynb #dc5df0a0
+# %% ../nbs/00_drawing.ipynb #6798af06
 import functools, io, re
 from math import ceil
 from typing import NamedTuple
@@ -30,14 +30,14 @@ from matplotlib.patches import Rectangle
 from matplotlib.textpath import text_to_path
 from PIL import Image
 
-# %% ../nbs/00_drawing.ipynb #a7823e1e
+# %% ../nbs/00_drawing.ipynb #fef46f30
 PAPER, INK, FAINT = "#FCFBF8", "#22262B", "#8A8D91"   # behind everything; text; rules and hints
 SUBJECT, STYLE, OTHER = "#14609F", "#F0932B", "#A9ABAE"  # the two sides, and LoRAs that always act
 NEITHER, BOTH = "#E5E3DD", "#211B33"                  # the other two corners of a cell
 GROUND = "#F3F1EB"                                    # behind dots and lines
 SMALL, TEXT, HEAD = 8.5, 9.5, 11.5                    # type sizes in points
 
-# %% ../nbs/00_drawing.ipynb #5a8a4e19
+# %% ../nbs/00_drawing.ipynb #3cd12a77
 def rgb(
     colour:str # "#RRGGBB"
 ) -> np.ndarray: # float64 [3], 0 … 1
@@ -61,7 +61,7 @@ def as_numbers(
     if hasattr(values, "detach"): values = values.detach().cpu().double()
     return np.asarray(values, dtype=np.float64)
 
-# %% ../nbs/00_drawing.ipynb #c38c563a
+# %% ../nbs/00_drawing.ipynb #e7e9324e
 def split_name(
     name:str # a layer's module path, "unet.down_blocks.0.…"
 ) -> list: # [(word, number or None)]
@@ -72,7 +72,6 @@ def split_name(
         else: words.append((word, None))
     return words
 
-# %% ../nbs/00_drawing.ipynb #30590855
 FLOW = """text_encoder text_encoder_2 text_encoder_3 unet transformer
     embeddings conv_in x_embedder img_in pos_embed time_embedding time_text_embed time_in vector_in guidance_in add_embedding class_embedding
     context_embedder txt_in proj_in down down_blocks mid mid_block norm1 norm1_context norm norm2 norm2_context
@@ -81,7 +80,7 @@ FLOW = """text_encoder text_encoder_2 text_encoder_3 unet transformer
     ff ff_context mlp fc1 fc2 proj_mlp downsamplers upsamplers up up_blocks norm_out proj_out conv_norm_out conv_out text_projection""".split()
 RANK = {word: (rank, turn) for rank, words in enumerate(FLOW) for turn, word in enumerate(words.split("="))}
 
-# %% ../nbs/00_drawing.ipynb #2515bc36
+# %% ../nbs/00_drawing.ipynb #1ddcf3af
 def flow_key(
     name:str # a layer's module path
 ) -> tuple: # a key for sorted()
@@ -100,7 +99,7 @@ def layer_order(
     "The order in which data flows through the layers: text encoders, down, middle, up (or double blocks, single blocks)."
     return sorted(range(len(names)), key=lambda i: flow_key(names[i]))
 
-# %% ../nbs/00_drawing.ipynb #3876cfc6
+# %% ../nbs/00_drawing.ipynb #fb4e3596
 class Place(NamedTuple):
     "Where a layer stands, in words short enough for a label; empty where a name does not say."
     block: str  # "down 0", "mid", "double 3", "text encoder", "in", "out"
@@ -121,7 +120,7 @@ ROLES = {"to_q": "q", "to_k": "k", "to_v": "v", "to_out": "out", "q_proj": "q", 
 STARTS = set(FLOW[FLOW.index("embeddings"):FLOW.index("down")]) - {"proj_in"}
 ENDS = {"norm_out", "proj_out", "conv_norm_out", "conv_out", "text_projection"}
 
-# %% ../nbs/00_drawing.ipynb #47b031eb
+# %% ../nbs/00_drawing.ipynb #39278bcb
 def _numbered(word, number): return word if number is None else f"{word} {number}"
 
 def _block(words):
@@ -136,7 +135,7 @@ def _block(words):
     word, number = words[0]
     return _numbered(BLOCKS.get(word, word), number), words[1:]
 
-# %% ../nbs/00_drawing.ipynb #ec3cafad
+# %% ../nbs/00_drawing.ipynb #4794fc3a
 def layer_place(
     name:str # a layer's module path
 ) -> Place:
@@ -159,7 +158,7 @@ def _part(words):
     if len(words) == 1: part = "conv" if part.startswith("conv") else "attn" if part.startswith("to_") else role.split(" ")[0]
     return dict(self_attn="attn", mlp="ff").get(part, part), role
 
-# %% ../nbs/00_drawing.ipynb #c4d7f44b
+# %% ../nbs/00_drawing.ipynb #480ed3d9
 class Run(NamedTuple):
     "Rows from `start` up to, not including, `stop` that share a label."
     label: str
@@ -179,7 +178,7 @@ def layer_blocks(
     'The blocks of a model as data flows through them: "down 0", "mid", "up 2", "double 3".'
     return runs([layer_place(names[i]).block for i in layer_order(names)])
 
-# %% ../nbs/00_drawing.ipynb #1d726898
+# %% ../nbs/00_drawing.ipynb #cdb970e1
 DPI, WIDTH = 100, 840     # pixels to the inch; pixels across a page
 
 def plain(draw):
@@ -191,7 +190,7 @@ def plain(draw):
             return draw(*args, **kwargs)
     return drawn
 
-# %% ../nbs/00_drawing.ipynb #f0e351fd
+# %% ../nbs/00_drawing.ipynb #84f50b11
 @plain
 def figure_png(
     fig:Figure, # a figure made by any function of this room, or any other
@@ -210,7 +209,7 @@ class Drawing(Figure):
     flat = True # a diagram in few colours; False where pictures are in it
     def _repr_png_(self): return figure_png(self)
 
-# %% ../nbs/00_drawing.ipynb #724c8298
+# %% ../nbs/00_drawing.ipynb #539e287c
 def sheet(width:float, height:float) -> Drawing:
     "An empty page of so many pixels."
     fig = Drawing(figsize=(width/DPI, height/DPI), dpi=DPI, facecolor=PAPER)
@@ -238,7 +237,7 @@ def room(fig, x:float, y:float, width:float, height:float):
     for spine in axes.spines.values(): spine.set_visible(False)
     return axes
 
-# %% ../nbs/00_drawing.ipynb #73746678
+# %% ../nbs/00_drawing.ipynb #973e4399
 @functools.lru_cache(4096)
 def text_width(text:str, size:float=TEXT, weight:str="normal") -> float:
     "How many pixels wide a line of text comes out, with a little to spare for the rounding of letters to pixels."
@@ -254,7 +253,7 @@ def shorten(text:str, width:float, size:float=TEXT, weight:str="normal") -> str:
 
 def _cut(text, keep): return text[:(keep+1)//2].rstrip() + "…" + text[len(text) - keep//2:].lstrip()
 
-# %% ../nbs/00_drawing.ipynb #3794ef02
+# %% ../nbs/00_drawing.ipynb #c18b573d
 def wrap(text:str, width:float, size:float=TEXT, weight:str="normal") -> list:
     "The text in lines of at most `width` pixels, broken at spaces; a word that is too long is cut in its middle."
     lines = []
@@ -267,7 +266,7 @@ def wrap(text:str, width:float, size:float=TEXT, weight:str="normal") -> list:
         lines.append(line)
     return [shorten(line, width, size, weight) for line in lines]
 
-# %% ../nbs/00_drawing.ipynb #914d343a
+# %% ../nbs/00_drawing.ipynb #9a7ec52e
 def head(
     title, # text or None
     entries, # [(colours of the swatch, text)]: no colour, one, or several side by side
@@ -292,7 +291,7 @@ def _draw_head(fig, lines, spots):
         for i, colour in enumerate(colours): paint(fig, x + i*max(12/len(colours), 8), y + 2, max(12/len(colours), 8), 12, colour)
         write(fig, x + _swatch(colours), y + 8, text)
 
-# %% ../nbs/00_drawing.ipynb #b20a386c
+# %% ../nbs/00_drawing.ipynb #bce28927
 class Rows(NamedTuple):
     "Layers laid out from top to bottom."
     order: list     # positions of the layers in the order of the rows
@@ -312,7 +311,7 @@ class Rows(NamedTuple):
     @property
     def left(self): return 12 + ceil(sum(self.widths))
 
-# %% ../nbs/00_drawing.ipynb #c5853110
+# %% ../nbs/00_drawing.ipynb #a2397272
 def merge_blocks(places, height:int, lowest:int=20) -> list:
     "Places in which numbered blocks lower than `lowest` pixels, eight or more of a kind, have become units of one block."
     kinds = {}
@@ -323,7 +322,6 @@ def merge_blocks(places, height:int, lowest:int=20) -> list:
     split = [place.block.rpartition(" ") for place in places]
     return [place._replace(block=kind, unit=number) if kind in crowded else place for place, (kind, _, number) in zip(places, split)]
 
-# %% ../nbs/00_drawing.ipynb #b26894b0
 def row_tops(places, height:int) -> np.ndarray:
     "The pixel at which each row begins: 6 of gap between blocks, 2 between units."
     gaps = [0] + [6 if a.block != b.block else 2 if a.unit != b.unit and not b.unit.isdigit() else 0 for a, b in zip(places, places[1:])]
@@ -338,7 +336,7 @@ def thin(entries, least:float=LINE, sparse:bool=False) -> list:
         if (np.diff(middles) >= least).all(): return entries[::n]
     return []
 
-# %% ../nbs/00_drawing.ipynb #be823c8c
+# %% ../nbs/00_drawing.ipynb #b9dd4b32
 def _row_label(place): return place.role if place.role.startswith(place.part) else f"{place.part} {place.role}"
 
 def _part_label(place, deep): return f"{place.depth} {place.part}" if deep else place.part
@@ -355,7 +353,7 @@ def _entries(keys, labels, top, height, start):
     return [(labels[run.start], int(top[start + run.start]), int(top[start + run.stop - 1]) + height)
             for run in runs(keys) if labels[run.start]]
 
-# %% ../nbs/00_drawing.ipynb #86bce23e
+# %% ../nbs/00_drawing.ipynb #04d3ecb7
 def label_columns(places, top, height:int) -> list:
     "The columns block, unit, part (or row), with only those labels that have room."
     columns = [[], [], []]
@@ -370,7 +368,7 @@ def label_columns(places, top, height:int) -> list:
         columns[2] += rows if height >= LINE else parts if len(rows) > 1 else []
     return [columns[0], give_way(columns[1]), give_way(columns[2])]
 
-# %% ../nbs/00_drawing.ipynb #8656dfc7
+# %% ../nbs/00_drawing.ipynb #4939de0e
 def lay_rows(
     layers, # layer names, in any order
     tall:int=660 # pixels the rows may take without their gaps; with more layers than that, a row is one pixel all the same
@@ -383,7 +381,7 @@ def lay_rows(
     top = row_tops(places, height)
     return Rows(order, top, height, label_columns(places, top, height))
 
-# %% ../nbs/00_drawing.ipynb #ea953294
+# %% ../nbs/00_drawing.ipynb #25031850
 def draw_labels(fig, rows:Rows, x:float, y:float) -> None:
     "Write the label columns of `rows` on the page, from pixel `x` on, with a thin bracket beside what shares a label."
     for column, width in zip(rows.columns, rows.widths):
@@ -396,7 +394,7 @@ def draw_labels(fig, rows:Rows, x:float, y:float) -> None:
             if last - first > rows.height: paint(fig, x + width - 5, y + first + 1, 1, last - first - 2, FAINT)
         x += width
 
-# %% ../nbs/00_drawing.ipynb #90c9a72e
+# %% ../nbs/00_drawing.ipynb #1d7f105e
 def rows_page(
     rows:Rows, # the layout
     right:float, # pixel at which what is drawn beside the labels ends
@@ -411,7 +409,7 @@ def rows_page(
     draw_labels(fig, rows, 8, y)
     return fig, y
 
-# %% ../nbs/00_drawing.ipynb #1061b717
+# %% ../nbs/00_drawing.ipynb #25cdce03
 ROLE_NAMES = ("subject", "style", "always")
 
 def check_roles(
@@ -426,7 +424,7 @@ def check_roles(
     if unknown: raise ValueError(f'A role is "subject", "style" or "always"; got {unknown[0]!r}.')
     return tuple(roles)
 
-# %% ../nbs/00_drawing.ipynb #6ee16b13
+# %% ../nbs/00_drawing.ipynb #a522c5b5
 def check_table(
     table, # numbers
     what:str, # how to call them in a message
@@ -441,7 +439,7 @@ def check_table(
     if not np.isfinite(table).all(): raise ValueError(f"{what} must be finite numbers; {int((~np.isfinite(table)).sum())} are not.")
     return table
 
-# %% ../nbs/00_drawing.ipynb #5779b41b
+# %% ../nbs/00_drawing.ipynb #15a2f21a
 def both_sides(
     weights, # [steps, layers, loras]
     roles # role of each LoRA
@@ -466,7 +464,7 @@ def _map_legend(subject, style, names):
     if names["always"]: entries.append(([rgb(OTHER)], f"always, not in the map: {shorten(names['always'], 320)}"))
     return entries
 
-# %% ../nbs/00_drawing.ipynb #cd0edf83
+# %% ../nbs/00_drawing.ipynb #443a7f24
 def step_width(steps:int, width:float) -> float:
     "Pixels across for each of so many steps in at most `width` pixels: a whole number, at most 80."
     each = min(width / steps, 80)
@@ -481,7 +479,7 @@ def step_ticks(steps:int, width:float, least:float=34.) -> list:
         ticks.append(steps - 1)
     return ticks
 
-# %% ../nbs/00_drawing.ipynb #1c3569e4
+# %% ../nbs/00_drawing.ipynb #40e78337
 def name_axis(axes, label:str, width:float=WIDTH) -> None:
     "Write what the horizontal axis measures: in its middle, or from the left on where axes are narrow."
     axes.set_xlabel(label, fontsize=TEXT, color=INK, labelpad=3, loc="center" if width >= 240 else "left", parse_math=False)
@@ -501,7 +499,7 @@ def draw_map(axes, colours, rows:Rows) -> list:
     axes.set(ylim=(rows.bottom, 0), yticks=[])
     return images
 
-# %% ../nbs/00_drawing.ipynb #1d0fea8b
+# %% ../nbs/00_drawing.ipynb #6a6f54b6
 @plain
 def plan_map(
     weights, # [steps, layers, loras]: how much of each LoRA acts, without strengths (a plan's `choice`)
@@ -523,7 +521,7 @@ def plan_map(
     fig.rows, fig.roles = rows, roles
     return fig
 
-# %% ../nbs/00_drawing.ipynb #cdc1f909
+# %% ../nbs/00_drawing.ipynb #6503d0a4
 @plain
 def repaint(
     fig:Figure, # what `plan_map` returned
@@ -541,7 +539,7 @@ def repaint(
     if step is not None:
         axes.add_patch(Rectangle((step - .5, 0), 1, rows.bottom, fill=False, edgecolor=INK, linewidth=1.6, clip_on=False))
 
-# %% ../nbs/00_drawing.ipynb #a390a5c1
+# %% ../nbs/00_drawing.ipynb #dd3ca196
 def as_picture(
     image # PIL image, or array or tensor [h, w], [h, w, 1|3|4] or [1|3|4, h, w]: uint8, or float from 0 to 1
 ) -> np.ndarray: # uint8 [h, w, 3]; what is transparent shows the paper
@@ -561,7 +559,7 @@ def _picture_bytes(image):
     if array.dtype != np.uint8: array = np.round(np.clip(np.nan_to_num(array.astype(np.float64)), 0, 1) * 255).astype(np.uint8)
     return array[..., 0] if array.ndim == 3 and array.shape[2] == 1 else array
 
-# %% ../nbs/00_drawing.ipynb #c451943a
+# %% ../nbs/00_drawing.ipynb #cbe7d13f
 def fit_picture(
     picture, # uint8 [h, w, 3]
     largest:float, # the longer side may have so many pixels
@@ -573,7 +571,7 @@ def fit_picture(
     if scale is not None or side <= largest: return picture.repeat(factor, 0).repeat(factor, 1)
     return np.asarray(Image.fromarray(picture).reduce(ceil(side / largest)))
 
-# %% ../nbs/00_drawing.ipynb #94205e63
+# %% ../nbs/00_drawing.ipynb #986338c7
 def _set_picture(fig, picture, x, y, cell):
     "Set a picture into the middle of its cell, one pixel of the page for each of its own."
     height, width = picture.shape[:2]
@@ -595,7 +593,7 @@ def _fit_all(pictures, columns, left, scale):
     shapes = [p.shape for p in pictures if p is not None]
     return pictures, (max(max(s[1] for s in shapes), 64), max(s[0] for s in shapes))
 
-# %% ../nbs/00_drawing.ipynb #4872cc60
+# %% ../nbs/00_drawing.ipynb #a69784ab
 def _grid_page(title, left, line, columns, lines, cell, top=0):
     "A page for a grid of pictures, where its first line begins, and how high a line is."
     width = max(24 + left + columns*(cell[0] + 8) - 8, 300 if title else 0)
@@ -612,7 +610,7 @@ def _place(fig, picture, lines, role, x, y, cell, above=0):
     else: _set_picture(fig, picture, x, y + above, cell)
     if role: paint(fig, x, y + above + cell[1] + 3, cell[0], 4, ROLE_COLOURS.get(role, OTHER))
 
-# %% ../nbs/00_drawing.ipynb #5b7dfb71
+# %% ../nbs/00_drawing.ipynb #cf09d89b
 @plain
 def strip(
     images, # PIL images, arrays or tensors; None leaves a place empty
@@ -636,7 +634,7 @@ def strip(
         _place(fig, picture, lines[i], roles and roles[i], *spot, cell, above)
     return fig
 
-# %% ../nbs/00_drawing.ipynb #53ddbc90
+# %% ../nbs/00_drawing.ipynb #aa3edf0d
 @plain
 def contact_sheet(
     grid, # rows of pictures, all of one length; None leaves a place empty
@@ -660,7 +658,7 @@ def contact_sheet(
     for i, picture in enumerate(pictures): _place(fig, picture, [], None, 12 + left + i % columns*(cell[0] + 8), y + i // columns*line, cell)
     return fig
 
-# %% ../nbs/00_drawing.ipynb #b403f013
+# %% ../nbs/00_drawing.ipynb #4c167161
 def lora_colours(
     roles # role of each LoRA
 ) -> list: # rgb of each
@@ -685,7 +683,7 @@ def draw_shares(axes, part, colours) -> None:
     for level in (.25, .5, .75): axes.axhline(level, color=PAPER, linewidth=.8, alpha=.7)
     axes.set(ylim=(0, 1), yticks=[0, .25, .5, .75, 1], yticklabels=["0", "25 %", "50 %", "75 %", "100 %"])
 
-# %% ../nbs/00_drawing.ipynb #f288168b
+# %% ../nbs/00_drawing.ipynb #35ed6df8
 @plain
 def shares(
     weights, # [steps, layers, loras], or [steps, loras] if summed already
@@ -708,7 +706,7 @@ def shares(
     step_axis(axes, len(part), each*len(part))
     return fig
 
-# %% ../nbs/00_drawing.ipynb #871c9096
+# %% ../nbs/00_drawing.ipynb #2b2e209a
 def _limits(values):
     "Ends of a log axis that holds all positive values, with room on both sides."
     values = values[np.isfinite(values) & (values > 0)]
@@ -739,7 +737,7 @@ def _ground(fig, rows, x, y, width):
     for a, b in rows.spans: paint(fig, x, y + rows.top[a], width, rows.top[b-1] + rows.height - rows.top[a], GROUND, zorder=-1)
     return room(fig, x, y, width, rows.bottom)
 
-# %% ../nbs/00_drawing.ipynb #05d775b6
+# %% ../nbs/00_drawing.ipynb #d814fcd0
 def draw_energies(axes, energy, rows:Rows, roles, limits) -> None:
     "Energies [layers, loras], one row a layer: a dot for each LoRA, a bar between the strongest of each side, zeros as arrows at the edge."
     low, high = limits
@@ -756,7 +754,7 @@ def draw_energies(axes, energy, rows:Rows, roles, limits) -> None:
     axes.minorticks_off()
     axes.set_xticklabels([f"{tick:g}" for tick in axes.get_xticks()])
 
-# %% ../nbs/00_drawing.ipynb #dbb17254
+# %% ../nbs/00_drawing.ipynb #4715e452
 @plain
 def energy_map(
     energy, # [layers, loras]: ‖ΔW‖² of each layer in each LoRA; 0 where a file does not hold the layer
@@ -782,7 +780,7 @@ def energy_map(
         name_axis(axes, name)
     return fig
 
-# %% ../nbs/00_drawing.ipynb #f8b04189
+# %% ../nbs/00_drawing.ipynb #76f9c1c6
 def choices(
     ratios, # [layers]
     ramp # [steps]
@@ -796,7 +794,7 @@ def turns(
     "The steps at which each layer turns."
     return [(np.flatnonzero(row[1:] != row[:-1]) + 1).tolist() for row in chosen]
 
-# %% ../nbs/00_drawing.ipynb #429b92ef
+# %% ../nbs/00_drawing.ipynb #6a4deafc
 def _marked(marked, layers, turned):
     "Positions of the layers to name: those asked for, or else the first, the middle one and the last that turn."
     if marked is None:
@@ -816,7 +814,7 @@ def _mark_label(layer, steps, subject_first):
     if not steps: return f"{where}: {'subject' if subject_first else 'style'} throughout"
     return f"{where}: turns at {', '.join(map(str, steps[:4]))}{' …' if len(steps) > 4 else ''}"
 
-# %% ../nbs/00_drawing.ipynb #0fbb76fb
+# %% ../nbs/00_drawing.ipynb #eec3b151
 def _level_lines(ratios, chosen, turned):
     "Pieces of level lines between turns, and the side that each belongs to."
     pieces, sides = [], []
@@ -833,7 +831,7 @@ def draw_levels(axes, ratios, chosen, turned, width:float, alpha:float) -> None:
     dots = [(step - .5, ratio) for ratio, steps in zip(ratios, turned) for step in steps]
     if dots: axes.plot(*zip(*dots), "o", color=INK, markersize=1.5 + 2*width, markeredgewidth=0, alpha=max(alpha, .5), zorder=4)
 
-# %% ../nbs/00_drawing.ipynb #cd90c96c
+# %% ../nbs/00_drawing.ipynb #e2cea4e3
 def _check_crossing(ratios, ramp, progress, layers):
     "The three as arrays, checked against each other."
     ratios, ramp = as_numbers(ratios), check_table(ramp, "The ramp", steps=None)
@@ -850,7 +848,7 @@ def crossing_limits(ratios, ramp, named) -> tuple:
     asked = ratios[named][np.isfinite(ratios[named]) & (ratios[named] > 0)]
     return (min(low, asked.min()/1.2), max(high, asked.max()*1.2)) if len(asked) else (low, high)
 
-# %% ../nbs/00_drawing.ipynb #ac094ab9
+# %% ../nbs/00_drawing.ipynb #b8730be3
 def _crossing_page(title, steps, right):
     "A page with axes for so many steps and `right` pixels beside them: (page, axes, pixels across the axes)."
     across = steps*step_width(steps, WIDTH - 64 - right)
@@ -861,7 +859,7 @@ def _crossing_page(title, steps, right):
     paint(fig, 64, y, across, 360, GROUND, zorder=-1)
     return fig, room(fig, 64, y, across, 360), across
 
-# %% ../nbs/00_drawing.ipynb #d5a9353a
+# %% ../nbs/00_drawing.ipynb #c30894fb
 def frame_crossing(axes, ratios, ramp, progress, named, width:float) -> None:
     "The ramp as a staircase, both axes, and how many layers lie outside."
     low, high = crossing_limits(ratios, ramp, named)
@@ -880,7 +878,7 @@ def _count_outside(axes, count, at, va, where):
     text = f"{count} layer{'s' if count > 1 else ''} {where} the frame"
     if count: axes.text(.01, at, text, transform=axes.transAxes, fontsize=SMALL, color=INK, va=va, zorder=5, bbox=dict(facecolor=GROUND, edgecolor="none", alpha=.85, pad=2))
 
-# %% ../nbs/00_drawing.ipynb #b48fb173
+# %% ../nbs/00_drawing.ipynb #90a6d234
 def spread(at, least:float, low:float, high:float) -> np.ndarray:
     "Positions moved as little as need be, upwards first, so that neighbours are `least` apart; within the ends as far as there is room."
     at, order = np.clip(np.array(at, dtype=float), low, high), np.argsort(at, kind="stable")
@@ -895,7 +893,7 @@ def name_levels(axes, ratios, labels) -> None:
     for label, y in zip(labels, spread(at, LINE, 5, 355)):
         axes.annotate(label, (1, y/360), xycoords="axes fraction", xytext=(5, 0), textcoords="offset points", fontsize=SMALL, color=INK, va="center", parse_math=False)
 
-# %% ../nbs/00_drawing.ipynb #5fea87ec
+# %% ../nbs/00_drawing.ipynb #e1cdbc3c
 @plain
 def crossing(
     ratios, # [layers]: E_c / (γ E_s); 0 or infinite where only one file holds the layer
