@@ -6,7 +6,7 @@
 __all__ = ['log', 'as_list', 'paired_layers', 'Scores', 'told_apart', 'score', 'check_same_model', 'cache_folder', 'write_cache',
            'read_cache', 'balance']
 
-# %% ../nbs/02_scores.ipynb #8bf53dc8
+# %% ../nbs/02_scores.ipynb #c9ce031e
 import json, os, tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -17,7 +17,7 @@ import numpy as np
 
 from .lora import LoRA, read_lora
 
-# %% ../nbs/02_scores.ipynb #02dc893e
+# %% ../nbs/02_scores.ipynb #d23d4617
 def as_list(
     loras # a LoRA, anything `read_lora` reads, or a list of these
 ) -> list: # of LoRA
@@ -25,14 +25,14 @@ def as_list(
     several = isinstance(loras, Sequence) and not isinstance(loras, (str, bytes))
     return [read_lora(lora) for lora in (loras if several else [loras])]
 
-# %% ../nbs/02_scores.ipynb #ceeb5cfc
+# %% ../nbs/02_scores.ipynb #af63359b
 def paired_layers(
     loras:list # of LoRA, the first subject first
 ) -> tuple: # layer names
     "The denoiser layers that any of the LoRAs holds: the first one's in its own order, then what the others add."
     return tuple(dict.fromkeys(layer for lora in loras for layer in lora.denoiser))
 
-# %% ../nbs/02_scores.ipynb #dd428816
+# %% ../nbs/02_scores.ipynb #d3045f5b
 @dataclass(frozen=True, eq=False)
 class Scores:
     "What each LoRA weighs in each layer, from the files alone."
@@ -71,13 +71,13 @@ class Scores:
     def show(self):
         "A matplotlib figure of the energies, layer by layer."
         from loramix.drawing import energy_map
-        return energy_map(self.energy, self.layers, self.loras)
+        return energy_map(self.energy, self.layers, self.loras, roles=self.roles)
 
     def _repr_png_(self):
         from loramix.drawing import figure_png
         return figure_png(self.show())
 
-# %% ../nbs/02_scores.ipynb #e8b34801
+# %% ../nbs/02_scores.ipynb #82fd8c38
 def told_apart(
     loras # of LoRA
 ) -> tuple: # the same, "name (2)", … where a name comes again
@@ -88,7 +88,7 @@ def told_apart(
         named.append(lora if seen[lora.name] == 1 else replace(lora, name=f"{lora.name} ({seen[lora.name]})"))
     return tuple(named)
 
-# %% ../nbs/02_scores.ipynb #e8e70e2c
+# %% ../nbs/02_scores.ipynb #88aa9f34
 def score(
     subject, # the subject LoRA, or a list of them: a `LoRA` or anything `read_lora` reads
     style # the style LoRA, or a list of them
@@ -102,7 +102,7 @@ def score(
     energy = np.array([[lora.denoiser[layer].energy() if layer in lora.denoiser else 0. for lora in files] for layer in layers])
     return Scores(files, ("subject",)*len(subjects) + ("style",)*len(styles), layers, energy, present)
 
-# %% ../nbs/02_scores.ipynb #e1351348
+# %% ../nbs/02_scores.ipynb #454800d0
 def check_same_model(
     subjects:list, # of LoRA
     styles:list # of LoRA
@@ -121,7 +121,7 @@ def _check_shapes(c, s, layer):
     a, b = c.denoiser[layer].shape, s.denoiser[layer].shape
     if tuple(a) != tuple(b): raise ValueError(f"A layer has one shape; {layer} is {list(a)} in {c.name!r} and {list(b)} in {s.name!r}. They are for different base models.")
 
-# %% ../nbs/02_scores.ipynb #a2df39a5
+# %% ../nbs/02_scores.ipynb #cb809b3a
 import logging
 
 log = logging.getLogger("loramix")
@@ -131,7 +131,7 @@ def cache_folder() -> Path: # not necessarily there yet
     if "LORAMIX_CACHE" in os.environ: return Path(os.environ["LORAMIX_CACHE"])
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home()/".cache")/"loramix"
 
-# %% ../nbs/02_scores.ipynb #6cd689fd
+# %% ../nbs/02_scores.ipynb #0a7fb44d
 def write_cache(
     path:Path, # the file
     data # plain JSON values
@@ -143,7 +143,7 @@ def write_cache(
         os.replace(f.name, path)
     except OSError as error: log.warning("The cache %s cannot be written (%s); the result will be computed again next time.", path, error)
 
-# %% ../nbs/02_scores.ipynb #83d2a5e1
+# %% ../nbs/02_scores.ipynb #63924659
 def read_cache(
     path:Path # the file
 ): # what `write_cache` wrote, or None
@@ -152,7 +152,7 @@ def read_cache(
     except FileNotFoundError: return None
     except (OSError, ValueError) as error: log.warning("The cache %s cannot be read (%s); it will be made anew.", path, error)
 
-# %% ../nbs/02_scores.ipynb #67541c62
+# %% ../nbs/02_scores.ipynb #3f6b6f34
 def _dense_scores(lora, kind, counts):
     "`abs_sum` (counts None) or `top_sum` of the layers in `counts`, without alpha: {layer: number}, from the cache where it has them."
     path = cache_folder()/"scores"/f"{lora.sha256}-{kind}.json"
@@ -164,7 +164,7 @@ def _dense_scores(lora, kind, counts):
     if missing: write_cache(path, known)
     return {layer: known[f"{layer}:{k}"] for layer, k in counts.items()}
 
-# %% ../nbs/02_scores.ipynb #d5e59d67
+# %% ../nbs/02_scores.ipynb #803516d8
 def _layer_table(scores, kind, counts):
     "A [layers, loras] table of a dense score, scales applied as `scores.with_scale` says."
     columns = []
@@ -175,7 +175,7 @@ def _layer_table(scores, kind, counts):
     table = np.array(columns).T
     return table*np.abs(_scales(scores)) if scores.with_scale else table
 
-# %% ../nbs/02_scores.ipynb #39da4d85
+# %% ../nbs/02_scores.ipynb #93f7d4b1
 def _scales(scores):
     "The files' own scales alpha/rank: float64 [layers, loras], 1 where a layer is not in the file."
     return np.array([[lora.denoiser[layer].scale if layer in lora.denoiser else 1. for lora in scores.files] for layer in scores.layers])
@@ -185,7 +185,7 @@ def _top_counts(scores):
     rank = lambda layer, role: max((f.denoiser[layer].rank for f, r in zip(scores.files, scores.roles) if r == role and layer in f.denoiser), default=1)
     return [rank(layer, "subject")*rank(layer, "style") for layer in scores.layers]
 
-# %% ../nbs/02_scores.ipynb #962cde17
+# %% ../nbs/02_scores.ipynb #2b0b6de0
 def balance(
     scores:Scores, # energies, and magnitudes where the kind asks for them
     kind="energy" # "energy": ΣE_c/ΣE_s; "official": the EST-LoRA program's mean of Σ|ΔW_c|/Σ|ΔW_s|; "magnitude": ΣΣ|ΔW_c|/ΣΣ|ΔW_s| (K-LoRA's paper); "none": 1; or numbers of your own
@@ -200,7 +200,7 @@ def balance(
     measure = _mean_ratio if kind == "official" else _total_ratio
     return np.array([measure(table[both(c), c], table[both(c)][:, styles].sum(1), scores.loras[c]) for c in subjects])
 
-# %% ../nbs/02_scores.ipynb #61234a4b
+# %% ../nbs/02_scores.ipynb #5ea036a3
 def _given_balance(values, count):
     "γ given by hand: one number for all subjects or one for each."
     values = np.broadcast_to(np.asarray(values, dtype=np.float64), (count,)) if np.size(values) in (1, count) else None
@@ -214,7 +214,7 @@ def _total_ratio(subject, style, name):
         raise ValueError(f"The balance divides the energies of {name!r} and the style over their common layers; one of the sums is 0. Is the file trained? balance=\"none\" does without.")
     return subject.sum()/style.sum()
 
-# %% ../nbs/02_scores.ipynb #ecc4bf4e
+# %% ../nbs/02_scores.ipynb #397c6ed1
 def _mean_ratio(subject, style, name):
     "Mean of the ratios of single layers, those of 3 × the mean and more dropped, in float32 as in the authors' program."
     if not (style > 0).all() or subject.sum() <= 0:

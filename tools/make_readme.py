@@ -27,9 +27,9 @@ def readme(notebook):
     "The README text of a notebook."
     cells = [cell for cell in notebook.cells if not cell.source.startswith("#| hide")]
     parts = [cell.source if cell.cell_type == "markdown" else code(cell) for cell in cells if cell.source.strip()]
-    return "\n\n".join(parts).rstrip() + "\n"
+    return "\n\n".join(parts).rstrip().replace("](images/", "](nbs/images/") + "\n"
 
 
 if __name__ == "__main__":
-    text = readme(nbformat.read(ROOT/"nbs/index.ipynb", as_version=4)).replace("](../", "](")
+    text = readme(nbformat.read(ROOT/"nbs/index.ipynb", as_version=4))
     (ROOT/"README.md").write_text(text, encoding="utf-8")
