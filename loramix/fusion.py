@@ -6,27 +6,28 @@
 __all__ = ['FusionError', 'entry_steps', 'matches', 'entry_of', 'schedule_steps', 'joined', 'mixed_weight', 'unwrapped',
            'find_modules', 'find_layer', 'Site', 'check_layer', 'check_path', 'find_sites', 'save_site', 'bring_site',
            'write_site', 'write_batch', 'batches', 'Editor', 'thin', 'site_table', 'find_denoiser', 'plan_for',
-           'check_loras', 'Rows', 'make_rows', 'Guard', 'Fusion', 'text_weights', 'edit_texts', 'fuse']
+           'check_loras', 'Rows', 'make_rows', 'halves', 'joined_output', 'Guard', 'Fusion', 'text_weights',
+           'edit_texts', 'fuse']
 
-# %% ../nbs/06_fusion.ipynb #92206e07
+# %% ../nbs/06_fusion.ipynb #8ed6e0d1
 import dataclasses, inspect, logging, threading, weakref
 from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 
-# %% ../nbs/06_fusion.ipynb #593051ac
+# %% ../nbs/06_fusion.ipynb #18f5e41f
 from .lora import LoRA, LowRank
 from .plan import Plan
 
-# %% ../nbs/06_fusion.ipynb #8c372259
+# %% ../nbs/06_fusion.ipynb #4c3d080b
 class FusionError(RuntimeError):
     "A plan cannot be put to work on this pipeline, or a pipeline has changed under it. The message says why and what to do."
 
-# %% ../nbs/06_fusion.ipynb #11e1d70a
+# %% ../nbs/06_fusion.ipynb #44af11f1
 _log = logging.getLogger(__name__)
 
-# %% ../nbs/06_fusion.ipynb #c2d0759c
+# %% ../nbs/06_fusion.ipynb #b49a9cdb
 def entry_steps(
     scheduler # a diffusers scheduler on which `set_timesteps` was called
 ) -> list: # for each entry of `scheduler.timesteps` the step that it belongs to, counted from 0
@@ -37,15 +38,14 @@ def entry_steps(
         return [i//4 for i in range(start)] + [max(i - 1, 0) if start == 0 else i + start//4 for i in range(entries - start)]
     return [i//scheduler.order for i in range(entries)]
 
-# %% ../nbs/06_fusion.ipynb #d6577a6c
+# %% ../nbs/06_fusion.ipynb #d258459a
 def _view_entry(timestep, table):
     "The entry of `table` whose memory `timestep` is, or None."
-    if not torch.is_tensor(timestep) or timestep.dim() or timestep.device != table.device or timestep.dtype != table.dtype: return None
-    offset = timestep.data_ptr() - table.data_ptr()
-    entry, rest = divmod(offset, table.element_size()*table.stride(0))
+    if not torch.is_tensor(timestep) or any(timestep.stride()) or timestep.device != table.device or timestep.dtype != table.dtype: return None
+    entry, rest = divmod(timestep.data_ptr() - table.data_ptr(), table.element_size()*max(table.stride(0), 1))
     return entry if rest == 0 and 0 <= entry < len(table) else None
 
-# %% ../nbs/06_fusion.ipynb #096493d0
+# %% ../nbs/06_fusion.ipynb #437492e1
 def _near(value, table, slack):
     "Entries of `table` within `slack` of `value`, the nearest first."
     gap = (table - value).abs()
@@ -62,15 +62,17 @@ def matches(
     eps = torch.finfo(dtype).eps if dtype.is_floating_point else 0.
     return _near(value, table, 1e-3 + 2*eps*abs(value)) or _near(1000*value, table, 1e-3 + 2*eps*abs(1000*value))
 
-# %% ../nbs/06_fusion.ipynb #389506c0
+# %% ../nbs/06_fusion.ipynb #bc19f09b
 def entry_of(
     scheduler, # the diffusers scheduler that drives the denoiser
-    timestep # what the denoiser was handed
+    timestep, # what the denoiser was handed
+    last=None # the scheduler's `step_index` at the last call; where it went on by one since, a GPU's value is not waited for
 ) -> int: # its place in `scheduler.timesteps`
     "The entry of the scheduler's table that a denoiser call belongs to. `FusionError` where the timestep is not in the table."
-    table = scheduler.timesteps
+    table, index = scheduler.timesteps, getattr(scheduler, "step_index", None)
     entry = _view_entry(timestep, table)
     if entry is not None: return entry
+    if None not in (last, index) and index == last + 1 < len(table) and torch.is_tensor(timestep) and timestep.device.type != "cpu": return index
     found = matches(timestep, table.detach().to("cpu", torch.float64))
     if not found: raise FusionError(_stranger(scheduler, timestep))
     for name in ("step_index", "begin_index", "counter"):
@@ -79,7 +81,7 @@ def entry_of(
         if hint is not None: return min(found, key=lambda entry: abs(entry - hint))
     return min(found) if len(set(table[found].tolist())) == 1 else found[0]
 
-# %% ../nbs/06_fusion.ipynb #48272c3c
+# %% ../nbs/06_fusion.ipynb #940dcbc2
 def _stranger(scheduler, timestep):
     "What to say of a timestep that the scheduler does not have."
     value = timestep.flatten()[0].item() if torch.is_tensor(timestep) else timestep
@@ -87,7 +89,7 @@ def _stranger(scheduler, timestep):
         f"({type(scheduler).__name__}): a plan follows the scheduler of the pipeline that it was fused to. If another scheduler drives the "
         "denoiser, set it as pipe.scheduler, or fuse to the pipeline that holds it; if you call the denoiser by hand, use timesteps of pipe.scheduler.")
 
-# %% ../nbs/06_fusion.ipynb #41e59bc0
+# %% ../nbs/06_fusion.ipynb #a96850cf
 def schedule_steps(
     scheduler # a diffusers scheduler
 ) -> int: # its number of steps N
@@ -97,7 +99,7 @@ def schedule_steps(
             "Run the pipeline, or call pipe.scheduler.set_timesteps(number_of_steps) before calling the denoiser by hand.")
     return entry_steps(scheduler)[-1] + 1
 
-# %% ../nbs/06_fusion.ipynb #1015ab77
+# %% ../nbs/06_fusion.ipynb #bf9fceb1
 def joined(
     updates, # the layer's low-rank updates, each with `factors`
     weights, # the plan's factor for each, same length
@@ -119,7 +121,7 @@ def mixed_weight(
     up, down = joined(updates, weights, dtype, saved.device)
     return torch.addmm(saved.flatten(1).to(dtype), up, down).view(saved.shape).to(saved.dtype)
 
-# %% ../nbs/06_fusion.ipynb #700882d0
+# %% ../nbs/06_fusion.ipynb #b67bc503
 def unwrapped(
     module # a module, or None
 ): # the module under `torch.compile`'s and PEFT's wrappers
@@ -131,7 +133,7 @@ def unwrapped(
         module = inner
     return module
 
-# %% ../nbs/06_fusion.ipynb #3018ff0f
+# %% ../nbs/06_fusion.ipynb #f115e173
 def find_modules(
     root:nn.Module, # a component of a pipeline
     path:str # module path inside it
@@ -153,7 +155,7 @@ def find_layer(
     if not isinstance(root, nn.Module): return []
     return find_modules(root, path) or (find_modules(root, path.replace("text_model.", "", 1)) if path.startswith("text_model.") else [])
 
-# %% ../nbs/06_fusion.ipynb #3a3b25b8
+# %% ../nbs/06_fusion.ipynb #a35ae502
 @dataclass(eq=False)
 class Site:
     "A layer of the pipeline that LoRAs act on."
@@ -168,7 +170,7 @@ class Site:
         "The layer's weight as it is now; `.data`, since it is edited outside autograd."
         return self.path[-1]._parameters["weight"].data
 
-# %% ../nbs/06_fusion.ipynb #dd2a37fa
+# %% ../nbs/06_fusion.ipynb #cbe9196a
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 def check_layer(
@@ -185,23 +187,27 @@ def check_layer(
         raise FusionError(f"A mix is written into float16, bfloat16, float32 or float64 weights; {name} holds {type(weight).__name__} of {weight.dtype} "
             "(quantised, float8 or layerwise cast). Load the pipeline without quantisation or layerwise casting.")
 
-# %% ../nbs/06_fusion.ipynb #1a738a59
+# %% ../nbs/06_fusion.ipynb #26139596
 _offload_advice = ("a mix edits weights in place, so they must stay. Use pipe.enable_model_cpu_offload() or pipe.to(device) instead, "
     "set before the mix is attached.")
+
+def _computes_fused(attention):
+    "Whether an attention with a fused projection uses it: old ones keep the flag when unfused, and only their processor says."
+    return hasattr(type(attention), "_available_processors") or "Fused" in type(attention.processor).__name__
 
 def check_path(
     path:list # modules from the component down
 ) -> None:
     "Raise `FusionError` where something on the way to a layer would make an edit of it go unseen."
     for module in path:
-        if getattr(module, "fused_projections", False):
+        if module.__dict__.get("fused_projections", False) and _computes_fused(module):
             raise FusionError("fuse_qkv_projections() is on: the attention computes from a fused copy of to_q, to_k and to_v, which a mix would not reach. "
                 "Call unfuse_qkv_projections() first.")
         registry = module.__dict__.get("_diffusers_hook")
         if registry is not None and registry.get_hook("group_offloading") is not None:
             raise FusionError(f"Group offloading is on: weights are not in place between calls, and {_offload_advice}")
 
-# %% ../nbs/06_fusion.ipynb #354c210a
+# %% ../nbs/06_fusion.ipynb #d17ec755
 def find_sites(
     pipe, # a diffusers pipeline
     loras, # the LoRAs, in the plan's order
@@ -221,7 +227,7 @@ def find_sites(
         sites.append(Site(name, path, updates))
     return sites
 
-# %% ../nbs/06_fusion.ipynb #a630ac37
+# %% ../nbs/06_fusion.ipynb #790bc6a4
 def _holder(loras, updates): return next(lora for lora, update in zip(loras, updates) if update is not None)
 
 def _absent(pipe, loras, updates, name):
@@ -242,7 +248,7 @@ def _check_shape(pipe, lora, update, name, weight):
     raise FusionError(f"In {lora.name!r} the layer {name} has shape {list(ours)}, in this {type(pipe).__name__} {list(theirs)}: it is a LoRA for another base "
         f"(family {lora.family!r}). Load the pipeline that the LoRA was trained for.")
 
-# %% ../nbs/06_fusion.ipynb #7af161bd
+# %% ../nbs/06_fusion.ipynb #b852a9ea
 def save_site(
     site:Site, # a layer about to be edited
     backup:str="device" # "device": the copy stays beside the weight; "cpu": in (pinned) CPU memory
@@ -263,7 +269,7 @@ def bring_site(
     if site.factors and all(f is None or f[0].device == device for f in site.factors): return
     site.factors = [None if u is None else (*u.factors(torch.promote_types(u.up.dtype, u.down.dtype), device), u.scale) for u in site.updates]
 
-# %% ../nbs/06_fusion.ipynb #4c0fa0e2
+# %% ../nbs/06_fusion.ipynb #cad74391
 def _joined(site, weights, dtype):
     "`joined` for a site whose factors are in place."
     pairs = [(up.to(dtype)*(weight*scale), down.to(dtype)) for (up, down, scale), weight in weights]
@@ -283,7 +289,7 @@ def write_site(
     if weight.dtype == saved.dtype == dtype and weight.is_contiguous(): torch.addmm(saved.to(weight.device).flatten(1), up, down, out=weight.flatten(1))
     else: weight.copy_(torch.addmm(saved.to(weight.device, dtype, non_blocking=True).flatten(1), up, down).view(weight.shape))
 
-# %% ../nbs/06_fusion.ipynb #fd1ddf7f
+# %% ../nbs/06_fusion.ipynb #4f39ea07
 def write_batch(
     sites, # saved layers of one shape, with factors of equal ranks in place
     weights # the plan's factors, [layers][loras]
@@ -303,7 +309,7 @@ def write_batch(
     scratch.flatten(2).baddbmm_(torch.cat(ups, 2), torch.cat(downs, 1))
     torch._foreach_copy_(targets, list(scratch.unbind()), non_blocking=True)
 
-# %% ../nbs/06_fusion.ipynb #6bbd5cb2
+# %% ../nbs/06_fusion.ipynb #9adf2a3d
 _SCRATCH = {"cpu": 1 << 20, "cuda": 1 << 25} # numbers in one scratch, beyond the largest layer
 
 def batches(
@@ -322,26 +328,31 @@ def batches(
         result += [members[i:i+size] for i in range(0, len(members), size)]
     return result
 
-# %% ../nbs/06_fusion.ipynb #e7a762b8
+# %% ../nbs/06_fusion.ipynb #b8f317f2
 def _churn(table):
     "The mean share of layers that change from one step to the next."
     return (table[1:] != table[:-1]).any(-1).float().mean().item() if len(table) > 1 else 1.
 
 def _kind(site): return site.weight.device, site.weight.dtype
 
-# %% ../nbs/06_fusion.ipynb #f9e964c0
+# %% ../nbs/06_fusion.ipynb #c405a577
 class Editor:
     "Layers of a pipeline, the factors that stand in them now, and the way back."
     def __init__(self, sites, backup="device"):
         self.sites, self.backup, self.changes = sites, backup, 0
         self.used, self.table, self.kind = [], None, None
 
+    def mode(self):
+        "Pipelines may be made or run in inference mode, whose tensors can be edited only there, and others anywhere: the weights decide."
+        return torch.inference_mode(bool(self.sites) and self.sites[0].weight.is_inference())
+
     def use(self, table):
         "Make ready for a table [steps, sites, loras]: keep the weights of the layers that it ever changes."
         used = table.ne(0).any(0).any(-1).tolist()
         self.used = [i for i, site in enumerate(self.sites) if used[i] or site.saved is not None]
         self.table, self.kind = table, None
-        for i in self.used: save_site(self.sites[i], self.backup)
+        with self.mode():
+            for i in self.used: save_site(self.sites[i], self.backup)
 
     def place(self):
         "For a new table, device or dtype: factors where the weights are, batches, and nothing known of what stands in the layers."
@@ -355,14 +366,15 @@ class Editor:
     def set(self, step):
         "Give every layer the factors of one row of the table, writing only where they differ."
         if not self.used: return
-        if self.kind != _kind(self.sites[self.used[0]]): self.place()
-        row = self.table[step]
-        changed = set((row != self.now).any(1).nonzero().flatten().tolist())
-        if not changed: return
-        for chunk in self.chunks:
-            if not changed.isdisjoint(chunk): self._write(chunk, row)
-        self.changes += len(changed.intersection(self.used))
-        self.now.copy_(row)
+        with torch.no_grad(), self.mode():
+            if self.kind != _kind(self.sites[self.used[0]]): self.place()
+            row = self.table[step]
+            changed = set((row != self.now).any(1).nonzero().flatten().tolist())
+            if not changed: return
+            for chunk in self.chunks:
+                if not changed.isdisjoint(chunk): self._write(chunk, row)
+            self.changes += len(changed.intersection(self.used))
+            self.now.copy_(row)
 
     def _write(self, chunk, row):
         self.now[chunk] = float("nan")
@@ -374,11 +386,12 @@ class Editor:
         "Put every layer's own weight back and let go of the copies."
         saved = [site for site in self.sites if site.saved is not None]
         for site in saved: check_layer(site.name, site.path)
-        for site in saved: site.weight.copy_(site.saved)
+        with torch.no_grad(), self.mode():
+            for site in saved: site.weight.copy_(site.saved)
         for site in self.sites: site.saved, site.factors = None, []
         self.used, self.table, self.kind = [], None, None
 
-# %% ../nbs/06_fusion.ipynb #c1e4ee85
+# %% ../nbs/06_fusion.ipynb #96102fa0
 def thin(
     weights:torch.Tensor, # a plan's factors, [steps, layers, loras]
     tolerance:float # largest difference that may go unapplied; 0: none
@@ -391,7 +404,7 @@ def thin(
         rows.append(torch.where(moved, row, rows[-1]))
     return torch.stack(rows)
 
-# %% ../nbs/06_fusion.ipynb #3c660639
+# %% ../nbs/06_fusion.ipynb #5133c4f5
 def site_table(
     weights:torch.Tensor, # a plan's factors, [steps, layers, loras]
     layers, # the plan's layer names
@@ -406,7 +419,7 @@ def site_table(
     table[:, [place[layers[i]] for i in known]] = weights[:, known]
     return table*torch.tensor([[u is not None for u in site.updates] for site in sites]).view(len(sites), weights.shape[2])
 
-# %% ../nbs/06_fusion.ipynb #2b3c7854
+# %% ../nbs/06_fusion.ipynb #faad7745
 def find_denoiser(
     pipe # a diffusers pipeline
 ) -> tuple: # ("unet" or "transformer", the module)
@@ -418,7 +431,7 @@ def find_denoiser(
         if isinstance(module, nn.Module): return component, unwrapped(module)
     raise FusionError(f"{type(pipe).__name__} has no denoiser that a plan can work on: pipe.unet or pipe.transformer is needed.")
 
-# %% ../nbs/06_fusion.ipynb #6c9efa42
+# %% ../nbs/06_fusion.ipynb #d9e88f73
 def _timestep_place(denoiser):
     "The position of `timestep` among the arguments of the denoiser's forward."
     names = list(inspect.signature(type(denoiser).forward).parameters)[1:]
@@ -431,7 +444,7 @@ def _timestep(args, kwargs, place):
     if "timestep" in kwargs: return kwargs["timestep"]
     raise FusionError("The denoiser was called without a timestep, so the call belongs to no step of the plan.")
 
-# %% ../nbs/06_fusion.ipynb #f47ada9b
+# %% ../nbs/06_fusion.ipynb #876ae9df
 def plan_for(
     planner, # a `Plan`, or a function steps -> `Plan`
     steps:int, # steps of the run
@@ -454,13 +467,18 @@ def check_loras(
     if names != tuple(plan.loras): raise FusionError(f"The plan is for the LoRAs {list(plan.loras)}, in this order; given were {list(names)}.")
     if not torch.isfinite(plan.weights).all(): raise FusionError("The plan's weights must be finite; some are NaN or infinite.")
 
-# %% ../nbs/06_fusion.ipynb #c3779f2a
+# %% ../nbs/06_fusion.ipynb #ed933adf
 @dataclass(frozen=True, eq=False)
 class Rows:
     "A plan made ready for a pipeline."
     plan:Plan # as made
     applied:torch.Tensor # the factors applied, [steps, layers, loras] (the plan's, thinned by the tolerance)
-    table:torch.Tensor # the same, [steps, sites, loras]
+    table:torch.Tensor # the same in the order of the sites, [steps, sites, loras]; with a second table [2·steps, …]: unconditional, conditional, …
+    split:list|None=None # with a second table: for each step, whether the two rows differ
+
+    def row(self, step, unconditional=False):
+        "The row of `table` for a step."
+        return step if self.split is None else 2*step + (not unconditional)
 
 def make_rows(
     plan:Plan, # a plan
@@ -471,9 +489,41 @@ def make_rows(
     "A plan's rows for these sites."
     check_loras(plan, loras)
     applied = thin(plan.weights, tolerance)
-    return Rows(plan, applied, site_table(applied, plan.layers, sites))
+    table = site_table(applied, plan.layers, sites)
+    if plan.unconditional is None: return Rows(plan, applied, table)
+    second = site_table(thin(plan.unconditional, tolerance), plan.layers, sites)
+    return Rows(plan, applied, torch.stack([second, table], 1).flatten(0, 1), (second != table).flatten(1).any(1).tolist())
 
-# %% ../nbs/06_fusion.ipynb #f28aa98b
+# %% ../nbs/06_fusion.ipynb #4192e0b0
+def _half(value, batch, part):
+    "The first (0) or second (1) half of everything batched in a value."
+    if torch.is_tensor(value): return value.chunk(2)[part] if value.dim() and value.shape[0] == batch else value
+    if isinstance(value, dict): return {key: _half(v, batch, part) for key, v in value.items()}
+    if isinstance(value, (list, tuple)): return type(value)(_half(v, batch, part) for v in value)
+    return value
+
+def halves(
+    args, # positional arguments of a UNet call, the first of them (or `sample`) of shape [batch, …]
+    kwargs # and those by name
+) -> list: # [(args, kwargs), (args, kwargs)]: the call in two
+    "A guided UNet call as two calls. `FusionError` where its two halves do not hold the same latents."
+    sample = args[0] if args else kwargs["sample"]
+    first, second = (sample.chunk(2) if len(sample) % 2 == 0 else (sample, None))
+    if second is None or not torch.equal(first, second):
+        raise FusionError("This plan has a table of its own for the unconditional half of guidance, so a guided UNet call must hold the same latents twice, unconditional first; "
+            f"this call (batch {len(sample)}) does not. Use the pipeline that the plan was fused to, or a plan without `unconditional`.")
+    return [(_half(args, len(sample), part), _half(kwargs, len(sample), part)) for part in (0, 1)]
+
+def joined_output(
+    first, # what the denoiser returned for the first half: a tensor, a tuple, or a diffusers output
+    second # and for the second
+): # the same kind
+    "Two half-batches' results as one."
+    if torch.is_tensor(first): return torch.cat([first, second])
+    if isinstance(first, dict): return type(first)(**{key: joined_output(value, second[key]) for key, value in first.items()})
+    return type(first)(joined_output(a, b) for a, b in zip(first, second))
+
+# %% ../nbs/06_fusion.ipynb #b601680a
 class Guard:
     "Lets one thread at a time into a denoiser, and turns others away."
     def __init__(self): self.lock, self.owner = threading.Lock(), None
@@ -492,14 +542,14 @@ class Guard:
         "Go out; does nothing for a thread that was turned away."
         if self.owner == threading.get_ident(): self.owner = None
 
-# %% ../nbs/06_fusion.ipynb #c20baf03
+# %% ../nbs/06_fusion.ipynb #fdd40c7d
 def _offload_hook(denoiser):
     "The hook of accelerate that moves the whole denoiser between calls, or None."
     hook = getattr(denoiser, "_hf_hook", None)
     hooks = [hook, *getattr(hook, "hooks", ())]
     return next((h for h in hooks if type(h).__name__ == "CpuOffload"), None)
 
-# %% ../nbs/06_fusion.ipynb #6020c07c
+# %% ../nbs/06_fusion.ipynb #882f1ab9
 class Fusion:
     "A plan at work on a pipeline, until `remove()`; also a context manager. Made by `fuse`."
     def __init__(self, pipe, planner, loras, sites, *, backup="device", resample=False, tolerance=0.):
@@ -507,8 +557,9 @@ class Fusion:
         self.component, self.denoiser = find_denoiser(pipe)
         self.place, self.merged = _timestep_place(self.denoiser), _merged(pipe)
         self.editor, self.texts, self.guard = Editor(sites, backup), None, Guard()
-        self.watched = list({id(module): module for site in sites for module in site.path}.values())
+        self.watched = list({id(module): module for site in sites for module in (*site.path[:-1], sites[0].path[-1])}.values())
         self.ready, self.rows, self.step, self.handles = {}, None, None, []
+        self.index, self.second, self.inside = None, None, None
 
     @property
     def plan(self) -> Plan|None:
@@ -546,30 +597,49 @@ class Fusion:
 
     @torch.compiler.disable
     def before(self, module, args, kwargs):
-        "Before a call of the denoiser: the row of its step."
+        "Before a call of the denoiser: the row of its step. Returns the first half of a call that has to be split."
+        if self.inside == threading.get_ident(): return
         self.guard.enter()
-        try: self.go_to(_timestep(args, kwargs, self.place))
+        try:
+            split = self.go_to(_timestep(args, kwargs, self.place)) and _guided(self.pipe)
+            self.second = None
+            if split: (args, kwargs), self.second = halves(args, kwargs)
+            self.show(self.rows.row(self.step, unconditional=split))
         except BaseException: self.guard.leave(); raise
+        if split: return args, kwargs
 
     @torch.compiler.disable
     def after(self, module, args, output):
-        "After a call of the denoiser, also a failed one."
-        self.guard.leave()
+        "After a call of the denoiser, also a failed one (whose output is None)."
+        if self.inside == threading.get_ident(): return
+        try:
+            if self.second is not None and output is not None: return joined_output(output, self.again())
+        finally: self.guard.leave()
 
-    @torch.no_grad()
+    def again(self):
+        "The second half of a split call, with its own row."
+        (args, kwargs), self.second, self.inside = self.second, None, threading.get_ident()
+        try:
+            self.show(self.rows.row(self.step))
+            return getattr(self.pipe, self.component)(*args, **kwargs)
+        finally: self.inside = None
+
     def go_to(self, timestep):
-        "Give the denoiser the weights for a timestep."
+        "Find the step of a call; returns whether its rows differ between the halves of guidance."
         check_path(self.watched)
         if _merged(self.pipe) != self.merged: raise FusionError(_merge_message)
         scheduler = self.pipe.scheduler
+        steps = entry_steps(scheduler)
         self.use(schedule_steps(scheduler))
-        step = entry_steps(scheduler)[entry_of(scheduler, timestep)]
+        self.step, self.index = steps[entry_of(scheduler, timestep, self.index)], getattr(scheduler, "step_index", None)
+        return self.rows.split is not None and self.rows.split[self.step]
+
+    def show(self, row):
+        "Give the denoiser the weights of one row of the table."
         offload = _offload_hook(self.denoiser)
         if offload is not None: offload.pre_forward(self.denoiser)
-        self.editor.set(step)
-        self.step = step
+        self.editor.set(row)
 
-    @torch.no_grad()
     def remove(self):
         "Take the hook off and put every weight back, to the bit. Does nothing the second time."
         if self.guard.busy(): raise FusionError("Another thread is in the denoiser; remove() the mix when its picture is finished.")
@@ -584,7 +654,13 @@ class Fusion:
     def __deepcopy__(self, memo): raise FusionError("A denoiser cannot be copied while a mix is attached to it: remove() the mix first, or copy before.")
     def __repr__(self): return f"Fusion({self.component} of {type(self.pipe).__name__}, {len(self.loras)} LoRAs, {'attached' if self.handles else 'removed'}, step {self.step}, {self.changes} layer edits)"
 
-# %% ../nbs/06_fusion.ipynb #63f7f48b
+# %% ../nbs/06_fusion.ipynb #8738d0d6
+def _guided(pipe):
+    "Whether the pipeline's run is guided in one call; its own word for it."
+    if getattr(pipe, "do_perturbed_attention_guidance", False):
+        raise FusionError("A plan with a table of its own for the unconditional half does not work with perturbed attention guidance, whose batch has three parts. Use a plan without `unconditional`.")
+    return bool(getattr(pipe, "do_classifier_free_guidance", False))
+
 _merge_message = ("A LoRA was merged into the pipeline's weights, or taken out of them (fuse_lora, unfuse_lora), while a mix is attached, and the mix is computed "
     "from the weights as they were. Undo that, or remove() the mix before merging; adapters that are loaded and not merged work beside a mix.")
 
@@ -592,7 +668,7 @@ def _merged(pipe):
     "The adapters that diffusers has merged into the pipeline's weights."
     return frozenset(getattr(pipe, "fused_loras", ()))
 
-# %% ../nbs/06_fusion.ipynb #6b192452
+# %% ../nbs/06_fusion.ipynb #62cf6fb7
 _POLICIES = {"both": ("subject", "style", "always"), "subject": ("subject", "always"), "style": ("style", "always"), "none": ()}
 
 def text_weights(
@@ -619,7 +695,7 @@ def edit_texts(
     except BaseException: editor.restore(); raise
     return editor
 
-# %% ../nbs/06_fusion.ipynb #bc0c8d38
+# %% ../nbs/06_fusion.ipynb #65fb605a
 def fuse(
     pipe, # a diffusers pipeline with a UNet or transformer
     plan, # a `Plan`, or a function steps -> `Plan`, called for each step count that a run asks for
@@ -640,12 +716,13 @@ def fuse(
     sites, kept = find_sites(pipe, loras, names), "cpu" if _offload_hook(denoiser) else backup
     fusion = Fusion(pipe, plan, loras, sites, backup=kept, resample=resample, tolerance=tolerance)
     _report_unplanned(names, first)
+    if first.unconditional is not None and component != "unet":
+        raise FusionError(f"A plan with a table of its own for the unconditional half needs a UNet, which guidance calls once for both halves; {type(pipe).__name__} has a transformer. Use a plan without `unconditional`.")
     fusion.ready[first.steps] = make_rows(first, loras, fusion.editor.sites, tolerance)
     _start(fusion, first.steps, text_weights(first, text_encoder), backup)
     return fusion
 
-# %% ../nbs/06_fusion.ipynb #879b5cf9
-@torch.no_grad()
+# %% ../nbs/06_fusion.ipynb #7d6d4b31
 def _start(fusion, steps, weights, backup):
     "Copies, text encoders and hooks; all undone where one of them fails."
     try:
@@ -654,7 +731,7 @@ def _start(fusion, steps, weights, backup):
         fusion.attach()
     except BaseException: fusion.remove(); raise
 
-# %% ../nbs/06_fusion.ipynb #645af93f
+# %% ../nbs/06_fusion.ipynb #e1a61ebb
 def _likely_steps(pipe, plan):
     "A step count to ask a planner for before the first run: for its strengths, and to see mistakes early."
     if hasattr(plan, "weights"): return plan.steps

@@ -53,10 +53,10 @@ def clip_text(width=16, length=16, projection=None, act="quick_gelu"):
     return (CLIPTextModelWithProjection if projection else CLIPTextModel)(config)
 
 
-def vae(latent=4):
+def vae(latent=4, **extra):
     "A VAE that halves the sides once."
     return AutoencoderKL(block_out_channels=(8, 8), down_block_types=("DownEncoderBlock2D",)*2, up_block_types=("UpDecoderBlock2D",)*2,
-        layers_per_block=1, latent_channels=latent, norm_num_groups=4, sample_size=16)
+        layers_per_block=1, latent_channels=latent, norm_num_groups=4, sample_size=16, **extra)
 
 
 def _seeded(build):
@@ -87,9 +87,9 @@ def sd(scheduler=None, kind=StableDiffusionPipeline, in_channels=4, **extra):
 
 def controlnet(unet):
     "A ControlNet for a UNet of `sd`, with weights that do something."
-    net = ControlNetModel.from_unet(unet, conditioning_channels=3)
     with torch.random.fork_rng():
         torch.manual_seed(9)
+        net = ControlNetModel.from_unet(unet, conditioning_channels=3, conditioning_embedding_out_channels=(8, 16))
         for parameter in net.parameters(): parameter.data.add_(0.05*torch.randn_like(parameter))
     return net.eval().requires_grad_(False)
 
@@ -110,7 +110,7 @@ def flux(scheduler=None, kind=FluxPipeline, **extra):
     transformer = FluxTransformer2DModel(patch_size=1, in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=8, num_attention_heads=2, joint_attention_dim=16,
         pooled_projection_dim=16, axes_dims_rope=(2, 2, 4), guidance_embeds=False)
     t5 = T5EncoderModel(T5Config(vocab_size=32, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2))
-    return kind(vae=vae(), text_encoder=clip_text(), text_encoder_2=t5, tokenizer=clip_tokenizer(), tokenizer_2=t5_tokenizer(), transformer=transformer,
+    return kind(vae=vae(shift_factor=0.1), text_encoder=clip_text(), text_encoder_2=t5, tokenizer=clip_tokenizer(), tokenizer_2=t5_tokenizer(), transformer=transformer,
         scheduler=scheduler or FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True), **extra)
 
 
