@@ -164,6 +164,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'loramix.fusion._near': ('fusion.html#_near', 'loramix/fusion.py'),
                                 'loramix.fusion._offload_hook': ('fusion.html#_offload_hook', 'loramix/fusion.py'),
                                 'loramix.fusion._report_unplanned': ('fusion.html#_report_unplanned', 'loramix/fusion.py'),
+                                'loramix.fusion._stacked': ('fusion.html#_stacked', 'loramix/fusion.py'),
                                 'loramix.fusion._start': ('fusion.html#_start', 'loramix/fusion.py'),
                                 'loramix.fusion._stranger': ('fusion.html#_stranger', 'loramix/fusion.py'),
                                 'loramix.fusion._timestep': ('fusion.html#_timestep', 'loramix/fusion.py'),

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MAX_HEADER', 'MAX_FILE', 'MAX_EXPANDED', 'LoRAError', 'LowRank', 'Unused', 'Report', 'LoRA', 'read_lora']
 
-# %% ../nbs/01_lora.ipynb #3f867596
+# %% ../nbs/01_lora.ipynb #4986f484
 import gzip, hashlib, json, math, os, re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -20,11 +20,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# %% ../nbs/01_lora.ipynb #e103ff55
+# %% ../nbs/01_lora.ipynb #7fd69e90
 class LoRAError(ValueError):
     "A LoRA that cannot be read rightly. The message is one line: the file, the rule, the value found, the way out."
 
-# %% ../nbs/01_lora.ipynb #3b541593
+# %% ../nbs/01_lora.ipynb #6b0e471a
 @contextmanager
 def _one_thread():
     "Small operations on one thread: nothing to wait for."
@@ -49,13 +49,13 @@ def _energy(up: Tensor, down: Tensor) -> float:
     up, down = up.double(), down.double()
     return max(0.0, ((up.T @ up) * (down @ down.T)).sum().item())
 
-# %% ../nbs/01_lora.ipynb #481b0869
+# %% ../nbs/01_lora.ipynb #e7a58fa2
 @_one_thread()
 def _abs_sum(up: Tensor, down: Tensor) -> float:
     "Σ|up @ down|: float32 products, float64 sum over rows."
     return sum(block.abs_().sum(1).double().sum().item() for block in _row_blocks(up, down))
 
-# %% ../nbs/01_lora.ipynb #d32e7560
+# %% ../nbs/01_lora.ipynb #16d28087
 def _above(block: Tensor, floor: float, width: int = 64) -> Tensor:
     "The entries of a flat block that exceed the floor; stretches of `width` entries are judged by their maximum first."
     whole = len(block)//width*width
@@ -76,7 +76,7 @@ def _top_sum(up: Tensor, down: Tensor, k: int) -> float:
             if len(best) >= k: best = best.topk(k, sorted=False).values; floor = best.min().item()
     return best.double().sum().item()
 
-# %% ../nbs/01_lora.ipynb #a65595bb
+# %% ../nbs/01_lora.ipynb #8278a932
 @dataclass(frozen=True, eq=False)
 class LowRank:
     "One layer's update `ΔW = scale · up @ down`, of a linear layer or a convolution, in the dtype of the file."
@@ -126,7 +126,7 @@ class LowRank:
 
     def __repr__(self): return f"LowRank({list(self.shape)}, rank {self.rank}, scale {self.scale:g}, {str(self.up.dtype)[6:]})"
 
-# %% ../nbs/01_lora.ipynb #cb138c12
+# %% ../nbs/01_lora.ipynb #09a9f6f5
 @dataclass(frozen=True, eq=False)
 class Unused:
     "A tensor of the file that acts on nothing, and why."
@@ -140,7 +140,7 @@ class Report:
     unused: tuple[Unused, ...] = ()    # every tensor that was left out
     notes: tuple[str, ...] = ()        # what a careful reader would like to know
 
-# %% ../nbs/01_lora.ipynb #910b6315
+# %% ../nbs/01_lora.ipynb #9b7c5259
 _phrases = ("modelspec.trigger_phrase", "trigger_phrase", "trigger_word", "trigger_words", "activation text", "activation_text", "instance_prompt",
             "ss_instance_prompt", "ss_trigger_word")
 
@@ -158,7 +158,7 @@ def _tags(text: str, most: int = 5) -> list[str]:
     top = count.most_common(most)
     return [tag for tag, n in top if tag and 2*n >= top[0][1]]
 
-# %% ../nbs/01_lora.ipynb #fafc4b3d
+# %% ../nbs/01_lora.ipynb #e65fcb83
 def _trigger_words(metadata: Mapping[str, str]) -> tuple[str, ...]:
     "Phrases first, then the commonest tags, each once."
     found = [metadata[key] for key in _phrases if metadata.get(key)]
@@ -167,7 +167,7 @@ def _trigger_words(metadata: Mapping[str, str]) -> tuple[str, ...]:
         if isinstance(listed, list): found[n:n + 1] = map(str, listed)
     return tuple(dict.fromkeys(text.strip() for text in found + _tags(metadata.get("ss_tag_frequency", "")) if text.strip()))
 
-# %% ../nbs/01_lora.ipynb #83a1c39e
+# %% ../nbs/01_lora.ipynb #86a3b832
 def _row(cells, tag="td") -> str:
     "One table row; the first cell to the left, the others to the right."
     style = "border-bottom:1px solid rgba(128,128,128,.35);padding:.15em .8em;text-align:"
@@ -178,7 +178,7 @@ def _span(values) -> str:
     values = sorted(set(values))
     return f"{values[0]:g}" if len(values) == 1 else f"{values[0]:g} – {values[-1]:g}"
 
-# %% ../nbs/01_lora.ipynb #02fcf0ba
+# %% ../nbs/01_lora.ipynb #904756d0
 def _lora_html(lora) -> str:
     "The small table that a LoRA shows of itself."
     parts: dict[str, list] = {}
@@ -192,7 +192,7 @@ def _lora_html(lora) -> str:
     lines += [f"not used: {n} tensor{'s' if n > 1 else ''} ({escape(reason)})" for reason, n in unused.items()]
     return f'<div>{lines[0]}</div><table style="border-collapse:collapse">{"".join(rows)}</table>' + "".join(f'<div style="opacity:.75">{line}</div>' for line in lines[1:])
 
-# %% ../nbs/01_lora.ipynb #31ab61cf
+# %% ../nbs/01_lora.ipynb #288726db
 @dataclass(frozen=True, eq=False)
 class LoRA:
     "Everything a LoRA file says: its layers in file order, its metadata, and a report of what was not used."
@@ -225,7 +225,7 @@ class LoRA:
 
     def _repr_html_(self): return _lora_html(self)
 
-# %% ../nbs/01_lora.ipynb #bfec840f
+# %% ../nbs/01_lora.ipynb #19e21aeb
 MAX_HEADER = 100_000_000      # bytes; the limit of safetensors itself
 MAX_FILE = 16 * 2**30         # bytes: no LoRA is larger
 MAX_EXPANDED = 4 * 2**30      # bytes that LoHa and LoKr factors may grow to when multiplied out
@@ -240,7 +240,7 @@ class _Entry(NamedTuple):
     start: int = 0
     stop: int = 0
 
-# %% ../nbs/01_lora.ipynb #06d7888c
+# %% ../nbs/01_lora.ipynb #3d530434
 def _counts(values, most: int) -> bool:
     "Whether this is a list of at most `most` whole numbers from 0 to 2⁶³."
     return isinstance(values, list) and len(values) <= most and all(type(v) is int and 0 <= v < 2**63 for v in values)
@@ -257,7 +257,7 @@ def _entry(name: str, told, size: int) -> _Entry:
     if needed != offsets[1] - offsets[0]: raise LoRAError(f"tensor {name!r}: {dtype} {shape} takes {needed} bytes but the header gives it {offsets[1] - offsets[0]}; the file is damaged")
     return _Entry(_dtypes[dtype], tuple(shape), *offsets)
 
-# %% ../nbs/01_lora.ipynb #b6cdb253
+# %% ../nbs/01_lora.ipynb #021535fa
 def _no_twins(pairs):
     "A JSON object whose names are all different."
     found = dict(pairs)
@@ -281,7 +281,7 @@ def _entries(header: bytes, size: int) -> tuple[dict[str, _Entry], dict[str, str
     if place != size: raise LoRAError(f"the tensors take {place} bytes but {size} follow the header; the file is damaged")
     return entries, metadata
 
-# %% ../nbs/01_lora.ipynb #109a8c32
+# %% ../nbs/01_lora.ipynb #da46ddc8
 _pickles = {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".zip"}
 _convert = "load it where you trust it and save the tensors with safetensors.torch.save_file"
 
@@ -298,7 +298,7 @@ def _what_else(head: bytes) -> str:
     if 4*len(text) > len(head) and all(c.isprintable() or c.isspace() for c in text): return f"a text that begins {text.splitlines()[0][:60]!r}, not a file of tensors; download the file itself"
     return "not a safetensors file, or one cut short or damaged; download it again"
 
-# %% ../nbs/01_lora.ipynb #624b4a6b
+# %% ../nbs/01_lora.ipynb #0b39c314
 @dataclass(frozen=True, eq=False)
 class _Box:
     "Tensors by name with what is known about them: a file or a state dict, before anything is understood."
@@ -311,7 +311,7 @@ class _Box:
     source: str | None = None
     notes: tuple[str, ...] = ()
 
-# %% ../nbs/01_lora.ipynb #9d4af0d0
+# %% ../nbs/01_lora.ipynb #4d440942
 def _open_file(path: Path) -> _Box:
     "A safetensors file, its header checked, its data still on disk."
     size = path.stat().st_size
@@ -328,7 +328,7 @@ def _open_file(path: Path) -> _Box:
     data = _Data(path, head + header, size - 8 - length)
     return _Box(path.stem, entries, lambda key: data.tensor(entries[key]), metadata, data.sha256)
 
-# %% ../nbs/01_lora.ipynb #ce107c30
+# %% ../nbs/01_lora.ipynb #193d249b
 class _Data:
     "The bytes behind a header, read into memory when they are first asked for."
     def __init__(self, path: Path, head: bytes, size: int): self.path, self.head, self.size = path, head, size
@@ -355,7 +355,7 @@ class _Data:
         digest.update(self.bytes.numpy())
         return digest.hexdigest()
 
-# %% ../nbs/01_lora.ipynb #c4ad85b6
+# %% ../nbs/01_lora.ipynb #081404db
 def _open_dict(tensors: Mapping) -> _Box:
     "A state dict: names and tensors (plain numbers count as tensors without dimensions)."
     found = {}
@@ -373,7 +373,7 @@ def _open_dict(tensors: Mapping) -> _Box:
         return total.hexdigest()
     return _Box("state dict", {key: _Entry(v.dtype, tuple(v.shape)) for key, v in found.items()}, found.__getitem__, {}, digest)
 
-# %% ../nbs/01_lora.ipynb #28277d6b
+# %% ../nbs/01_lora.ipynb #16cd20e1
 _adapter = r"(?:\.(?!weight$|bias$)[^.]+)?"   # PEFT may put the adapter's name in between
 _endings = {
     "down": rf"\.lora_A{_adapter}(?:\.weight)?|[._]lora_down(?:\.weight)?|[._]lora\.down(?:\.weight)?|\.lora_linear_layer\.down\.weight|(?<=_lora[12])\.down\.weight|:down",
@@ -393,7 +393,7 @@ def _split_key(key: str) -> tuple[str, str | None]:
     found = _ending.search(key)
     return (key[:found.start()], found.lastgroup) if found else (key, None)
 
-# %% ../nbs/01_lora.ipynb #9f643334
+# %% ../nbs/01_lora.ipynb #4e27c63c
 @lru_cache
 def _table(family: str) -> dict[str, tuple[int, ...]]:
     "All linear and convolution layers of a family, component in front: name → weight shape."
@@ -402,7 +402,7 @@ def _table(family: str) -> dict[str, tuple[int, ...]]:
 
 _families = dict(sd1="Stable Diffusion 1.x", sd2="Stable Diffusion 2.x", sdxl="SDXL", flux="FLUX.1")
 
-# %% ../nbs/01_lora.ipynb #48487870
+# %% ../nbs/01_lora.ipynb #d4c48d8d
 _sgm_ends = dict(conv1="in_layers.2", conv2="out_layers.3", time_emb_proj="emb_layers.1", conv_shortcut="skip_connection")
 _sgm_single = {"conv_in": "input_blocks.0.0", "conv_out": "out.2", "time_embedding.linear_1": "time_embed.0", "time_embedding.linear_2": "time_embed.2",
                "add_embedding.linear_1": "label_emb.0.0", "add_embedding.linear_2": "label_emb.0.2"}
@@ -419,7 +419,7 @@ def _sgm_name(name: str, attention: bool) -> str:
     start = f"input_blocks.{3*block + int(n) + 1}" if side == "down" else f"output_blocks.{3*block + int(n)}"
     return ".".join([start, "1" if kind == "attentions" else "0", *tail])
 
-# %% ../nbs/01_lora.ipynb #8c8c5626
+# %% ../nbs/01_lora.ipynb #1f559fa0
 _flux_double = {
     "img_attn.qkv": "attn.to_q attn.to_k attn.to_v", "txt_attn.qkv": "attn.add_q_proj attn.add_k_proj attn.add_v_proj",
     "img_attn.proj": "attn.to_out.0", "txt_attn.proj": "attn.to_add_out", "img_mlp.0": "ff.net.0.proj", "img_mlp.2": "ff.net.2",
@@ -439,7 +439,7 @@ def _flux_names() -> Iterator[tuple[str, tuple[str, ...]]]:
         for n in range(blocks):
             for old, new in names.items(): yield f"{old_kind}.{n}.{old}", tuple(f"{new_kind}.{n}.{end}" for end in new.split())
 
-# %% ../nbs/01_lora.ipynb #2c2bb018
+# %% ../nbs/01_lora.ipynb #0a803418
 @lru_cache
 def _spellings() -> dict[str, tuple[str, ...]]:
     "Every spelling of every denoiser layer, with dots: name → the layers it stands for, component in front."
@@ -462,7 +462,7 @@ def _mangled_text() -> dict[str, str]:
     "The layers of the text encoders, kohya's spelling → their own."
     return {name.partition(".")[2].replace(".", "_"): name.partition(".")[2] for family in _families for name in _table(family) if name.startswith("text_encoder")}
 
-# %% ../nbs/01_lora.ipynb #b7bf6e57
+# %% ../nbs/01_lora.ipynb #f71047ac
 _prefixes = {"unet.": "unet", "transformer.": "transformer", "text_encoder.": "text_encoder", "text_encoder_2.": "text_encoder_2", "text_encoder_3.": "text_encoder_3",
              "model.diffusion_model.": "denoiser", "diffusion_model.": "denoiser", "text_encoders.clip_l.transformer.": "text_encoder",
              "text_encoders.clip_g.transformer.": "text_encoder_2", "text_encoders.t5xxl.transformer.": "text_encoder_3"}
@@ -480,7 +480,7 @@ class _Place(NamedTuple):
     rest: str
     mangled: bool = False
 
-# %% ../nbs/01_lora.ipynb #ee5d9b42
+# %% ../nbs/01_lora.ipynb #2c2b83bc
 def _strip(text: str, *prefixes: str) -> str:
     "The text without these prefixes, however often they are repeated."
     while (found := next((p for p in prefixes if text.startswith(p)), None)): text = text[len(found):]
@@ -499,7 +499,7 @@ def _place(layer: str) -> _Place:
         if start.match(layer): return _Place(part, layer)
     return _Place(None, layer)
 
-# %% ../nbs/01_lora.ipynb #e90600d5
+# %% ../nbs/01_lora.ipynb #a3a35e7a
 _old_text = dict(to_q="q_proj", to_k="k_proj", to_v="v_proj", to_out="out_proj")
 _part_of = re.compile(r"(.*\.(?:qkv|linear1))\.(\d)")
 
@@ -511,7 +511,7 @@ def _text_name(part: str, rest: str, mangled: bool) -> str | None:
     head, _, last = rest.rpartition(".")
     return f"{part}.{head}.{_old_text[last]}" if last in _old_text and head.endswith("self_attn") else f"{part}.{rest}"
 
-# %% ../nbs/01_lora.ipynb #79496191
+# %% ../nbs/01_lora.ipynb #c8e4df48
 def _denoiser_names(part: str, rest: str, mangled: bool) -> tuple[str, ...] | None:
     "The layers one denoiser name stands for; None for a kohya name that no list knows."
     if mangled: return _mangled().get(rest)
@@ -531,7 +531,7 @@ def _names(place: _Place) -> tuple[str, ...] | None:
     if part.startswith("text_encoder"): return (name,) if (name := _text_name(part, rest, mangled)) else None
     return _denoiser_names(part, rest, mangled)
 
-# %% ../nbs/01_lora.ipynb #8e3f1657
+# %% ../nbs/01_lora.ipynb #c475742a
 _block_orders = ("attn1 ff attn2", "attn1 attn2 ff", "attn1 attn2")
 
 def _walk(order: str, family: str) -> list[str]:
@@ -545,7 +545,7 @@ def _text_walk(n: int) -> list[str]:
     "The attention layers of a CLIP text encoder in the order it defines them."
     return [f"text_encoder.text_model.encoder.layers.{i}.self_attn.{end}" for i in range(n//4) for end in ("k_proj", "v_proj", "q_proj", "out_proj")]
 
-# %% ../nbs/01_lora.ipynb #0a65ec85
+# %% ../nbs/01_lora.ipynb #5a7b309e
 def _by_position(entries: Mapping[str, _Entry]) -> dict[str, str]:
     "New keys for positional ones (`unet:0:down`): old key → key with the layer's name."
     count = Counter(key.split(":")[0] for key in entries if re.fullmatch(r"(unet|text_encoder):\d+:down", key))
@@ -560,7 +560,7 @@ def _by_position(entries: Mapping[str, _Entry]) -> dict[str, str]:
     if missing: raise LoRAError(f"safeloras name layers by position, and the {count[missing[0]]} of {missing[0]} fit no known network; save the LoRA again from diffusers, with names")
     return {f"{part}:{n}:{end}": f"{name}.lora.{end}.weight" for part, walk in walks.items() for n, name in enumerate(walk) for end in ("down", "up")}
 
-# %% ../nbs/01_lora.ipynb #3a4d55b1
+# %% ../nbs/01_lora.ipynb #6829b988
 _bake = "merge it into the base model with its own tool and extract a plain LoRA from the difference"
 _refused_roles = {
     "dora": ("DoRA", "its magnitudes (dora_scale) rescale the base weights, so it is no update that can be added"),
@@ -578,7 +578,7 @@ _refused_names = [
     (r"lora_controlnet$|^lora_prior_unet_|^prior\.", "Control-LoRA or prior LoRA", "only LoRAs of a denoiser or a text encoder are mixed"),
 ]
 
-# %% ../nbs/01_lora.ipynb #49baff26
+# %% ../nbs/01_lora.ipynb #a348ada9
 def _refuse_named(keys: Mapping[str, tuple[str, str | None]]) -> None:
     "Raise for a format that is known and not readable."
     for key, (layer, role) in keys.items():
@@ -589,7 +589,7 @@ def _refuse_named(keys: Mapping[str, tuple[str, str | None]]) -> None:
         found = next((key for key, (layer, role) in keys.items() if re.search(pattern, layer)), None)
         if found: raise LoRAError(f"{name}: names like {found!r} cannot be matched to layers here; {out}")
 
-# %% ../nbs/01_lora.ipynb #d292bdd5
+# %% ../nbs/01_lora.ipynb #e1df81f9
 _looks_like = [
     (r"^w_[ab]_\d+$", "the LoRA of a vision transformer (keys w_a_…, w_b_…)"), (r"^(?:image_proj|ip_adapter)\b", "an IP-Adapter"),
     (r"^(?:control_model|controlnet)\b|controlnet", "a ControlNet"), (r"^(?:model\.diffusion_model|first_stage_model|cond_stage_model|conditioner)\.", "a whole checkpoint, not a LoRA"),
@@ -608,7 +608,7 @@ def _no_lora(entries: Mapping[str, _Entry]) -> LoRAError:
     what = _guess(_looks_like[:4], keys) or (len(keys) <= 8 and _guess(_looks_like[4:], keys)) or None
     return LoRAError(f"no LoRA in it: none of its {len(keys)} keys names an update" + (f"; it looks like {what}" if what else "") + f"; its first key is {keys[0][:80]!r}; pass a LoRA file")
 
-# %% ../nbs/01_lora.ipynb #c970dac5
+# %% ../nbs/01_lora.ipynb #72f8d82a
 def _is_finite(tensor: Tensor) -> bool:
     "Whether there is neither NaN nor infinity. (The sum tells at once, unless finite numbers overflow it.)"
     if tensor.dtype.itemsize == 1: tensor = tensor.float()
@@ -622,7 +622,7 @@ def _fetch(box: _Box, key: str) -> Tensor:
     if not _is_finite(tensor): raise LoRAError(f"{key!r} holds NaN or infinity: the training or the saving broke; take an earlier checkpoint or save it in float32")
     return tensor
 
-# %% ../nbs/01_lora.ipynb #e8917258
+# %% ../nbs/01_lora.ipynb #242a4ded
 def _check_pair(layer: str, down: tuple, up: tuple) -> None:
     "The shapes of a pair: linear or 2-D convolution, nothing empty, one rank for both, no kernel in `up`."
     told = f"{layer!r}: down {list(down)}, up {list(up)}"
@@ -642,7 +642,7 @@ def _plain(layer: str, get, shapes: Mapping[str, tuple]) -> tuple[Tensor, Tensor
     if up.ndim == 4 and down.ndim == 2: down = down[:, :, None, None]
     return down, up
 
-# %% ../nbs/01_lora.ipynb #8b287d13
+# %% ../nbs/01_lora.ipynb #67c4e925
 def _budget(layer: str, kind: str, rank: int, rows: int, columns: int) -> None:
     "Refuse factors that would grow beyond all reason, before they do."
     size = 4 * rank * (rows + columns)
@@ -668,7 +668,7 @@ def _loha(layer: str, get, shapes: Mapping[str, tuple]) -> tuple[Tensor, Tensor]
     _check_pair(layer, tuple(down.shape), tuple(up.shape))
     return down, (up[:, :, None, None] if down.ndim == 4 else up)
 
-# %% ../nbs/01_lora.ipynb #f7fcc735
+# %% ../nbs/01_lora.ipynb #cf978eef
 def _half(layer: str, get, shapes: Mapping[str, tuple], n: int) -> tuple[Tensor, Tensor]:
     "One factor of a LoKr as a product of two matrices; a whole matrix is itself times the identity, on its shorter side."
     whole, a, b = f"lokr_w{n}", f"lokr_w{n}_a", f"lokr_w{n}_b"
@@ -697,7 +697,7 @@ def _lokr(layer: str, get, shapes: Mapping[str, tuple]) -> tuple[Tensor, Tensor]
     _check_pair(layer, tuple(down.shape), tuple(up.shape))
     return down, (up[:, :, None, None] if down.ndim == 4 else up)
 
-# %% ../nbs/01_lora.ipynb #d3fa1001
+# %% ../nbs/01_lora.ipynb #56fa5e82
 _parts = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3")
 _moves_base = ("pissa", "olora", "loftq", "corda", "lora_ga", "mica")   # ways to start that change the base weights too
 
@@ -722,7 +722,7 @@ def _check_settings(config: Mapping, where: str) -> None:
     if isinstance(start, str) and start.lower().startswith(_moves_base):
         raise LoRAError(f"{where} says init_lora_weights={start!r}: it moves the base weights as well; convert it with PEFT's path_initial_model_for_weight_conversion")
 
-# %% ../nbs/01_lora.ipynb #5f459a95
+# %% ../nbs/01_lora.ipynb #9786f847
 def _exception(patterns, name: str, usual):
     "The value for a layer: that of the first pattern that fits the end of its name, as PEFT matches them."
     for pattern, value in patterns.items() if isinstance(patterns, dict) else ():
@@ -747,7 +747,7 @@ def _alpha_scale(box: _Box, key: str, rank: int) -> float:
     if not math.isfinite(alpha): raise LoRAError(f"{key!r} is {alpha}: alpha must be finite; the training or the saving broke")
     return alpha/rank if alpha else 1.0
 
-# %% ../nbs/01_lora.ipynb #eeaeea66
+# %% ../nbs/01_lora.ipynb #d4f63f1b
 def _split(layer: str, update: LowRank, names: tuple[str, ...]) -> dict[str, LowRank]:
     "The parts of an update by layer name: itself if there is one name, else its rows in order."
     if len(names) == 1:
@@ -759,7 +759,7 @@ def _split(layer: str, update: LowRank, names: tuple[str, ...]) -> dict[str, Low
     sizes = [width]*3 + [4*width]*(len(names) - 3)
     return {name: replace(update, up=up) for name, up in zip(names, update.up.split(sizes))}
 
-# %% ../nbs/01_lora.ipynb #9dd19068
+# %% ../nbs/01_lora.ipynb #07611264
 _widths = {768: "sd1", 1024: "sd2", 2048: "sdxl"}
 _flux_marks = re.compile(r"transformer\.(?:single_transformer_blocks|transformer_blocks\.\d+\.(?:ff|ff_context|norm1|norm1_context)|x_embedder|context_embedder|time_text_embed)\.")
 _open_inputs = ("unet.conv_in", "transformer.x_embedder")   # inpainting and control models widen these
@@ -776,7 +776,7 @@ def _candidates(shapes: Mapping[str, tuple], flux: bool) -> list[str]:
     if flux or any(_flux_marks.match(name) for name in shapes): return ["flux"]
     return list(_families) if not any(name.startswith("transformer.") for name in shapes) else []
 
-# %% ../nbs/01_lora.ipynb #e5456439
+# %% ../nbs/01_lora.ipynb #535d8454
 def _family(shapes: Mapping[str, tuple], flux: bool = False) -> str:
     "The family of these layers: the only candidate whose lists hold most of them, in the right shape. `flux`: the file spelled them as FLUX' own code does."
     found, said = [], _candidates(shapes, flux)
@@ -789,7 +789,7 @@ def _family(shapes: Mapping[str, tuple], flux: bool = False) -> str:
         if known and (2*len(known) >= len(shapes) and loose if told else len(known) == len(shapes) and not wrong): found.append(family)
     return found[0] if len(found) == 1 else "unknown"
 
-# %% ../nbs/01_lora.ipynb #dfe636e6
+# %% ../nbs/01_lora.ipynb #1e884e51
 def _shaped(name: str, update: LowRank, want: tuple[int, ...], family: str) -> LowRank:
     "The update in its layer's shape: linear or convolution, as the network has it."
     if not _fits(name, update.shape, want):
@@ -798,7 +798,7 @@ def _shaped(name: str, update: LowRank, want: tuple[int, ...], family: str) -> L
     up, down = update.up.flatten(1), update.down.reshape(update.rank, *want[1:])
     return replace(update, down=down, up=up[:, :, None, None] if len(want) == 4 else up)
 
-# %% ../nbs/01_lora.ipynb #f37cde33
+# %% ../nbs/01_lora.ipynb #dc20d32e
 _left_roles = {"norm": "it trains a normalisation layer, which has no low-rank update", "embedding": "it trains an embedding table, which has no linear layer",
                "saved": "it is a whole replaced weight, not an update"}
 _t5_reason = "T5 text encoder: only the denoiser and the CLIP text encoders are mixed"
@@ -824,11 +824,11 @@ def _kind(layer: str, roles: Mapping[str, str]) -> str:
             raise LoRAError(f"{roles[here]!r} has no partner: {'lora_B (up)' if other == 'up' else 'lora_A (down)'} is missing for {layer!r}; the file is incomplete")
     return "plain" if "down" in roles else "alpha"
 
-# %% ../nbs/01_lora.ipynb #0a9080c4
+# %% ../nbs/01_lora.ipynb #8bf73ca2
 _forms = dict(plain=_plain, loha=_loha, lokr=_lokr)
 _dimension = dict(plain=("down",), loha=("hada_w1_b",), lokr=("lokr_w1_b", "lokr_w2_b"))   # whose first size alpha is divided by
 
-def _update(box: _Box, layer: str, roles: Mapping[str, str], place: _Place, settings) -> LowRank:
+def _update(box: _Box, layer: str, roles: Mapping[str, str], part: str, rest: str, settings) -> LowRank:
     "One group of tensors as an update with its true scale."
     kind, (by_part, where) = _kind(layer, roles), settings
     shapes = {role: box.entries[key].shape for role, key in roles.items()}
@@ -836,11 +836,11 @@ def _update(box: _Box, layer: str, roles: Mapping[str, str], place: _Place, sett
     down, up = _forms[kind](layer, lambda role: _fetch(box, roles[role]), shapes)
     rank = next((shapes[role][0] for role in _dimension[kind] if role in shapes), down.shape[0])
     if "alpha" in roles: return LowRank(down, up, _alpha_scale(box, roles["alpha"], rank))
-    config = by_part.get(place.part, by_part.get(None)) or {}
-    scale = _peft_scale(config, place.rest, rank, where) if config else None
+    config = by_part.get(part, by_part.get(None)) or {}
+    scale = _peft_scale(config, rest, rank, where) if config else None
     return LowRank(down, up, 1.0 if scale is None else scale)
 
-# %% ../nbs/01_lora.ipynb #9eda66f9
+# %% ../nbs/01_lora.ipynb #32c22285
 def _format(box: _Box, keys: Mapping[str, tuple[str, str | None]]) -> str:
     "The spelling of a file, for the report."
     layers = [layer for layer, role in keys.values() if role]
@@ -855,7 +855,7 @@ def _format(box: _Box, keys: Mapping[str, tuple[str, str | None]]) -> str:
     plain = "" if some(rf"^({'|'.join(map(re.escape, _prefixes))})") else ", no prefix"
     return kin + ("diffusers, attention processors" if some(r"\.processor\.") else "diffusers") + plain
 
-# %% ../nbs/01_lora.ipynb #9dab429e
+# %% ../nbs/01_lora.ipynb #6492dd3b
 def _placed(box: _Box, groups: Mapping[str, dict]) -> tuple[dict[str, tuple], list[Unused], list[str]]:
     "layer → (place, names) for all that can be used; what cannot, with the reason; notes."
     places = {layer: _place(layer) for layer in groups}
@@ -877,7 +877,7 @@ def _stranger(box: _Box, groups: Mapping[str, dict]) -> LoRAError:
     what = _guess(_strangers, layers) or "a network that is no picture model known here"
     return LoRAError(f"a LoRA of {what}, not of a denoiser or CLIP text encoder{zero}; its first layer is {layers[0][:90]!r}; if it is a denoiser's, put 'unet.' or 'transformer.' before its keys")
 
-# %% ../nbs/01_lora.ipynb #ccfd9c03
+# %% ../nbs/01_lora.ipynb #cf15dbfe
 def _assemble(box: _Box) -> LoRA:
     "A box of tensors as a `LoRA`: every tensor used, listed as unused, or an error."
     renamed = _by_position(box.entries) if any(re.fullmatch(r"(unet|text_encoder):\d+:(up|down)", key) for key in box.entries) else {}
@@ -892,7 +892,7 @@ def _assemble(box: _Box) -> LoRA:
     origin, grown = {}, 0
     for layer, (place, names) in placed.items():
         if (kind := _kind(layer, groups[layer])) == "alpha": left.append(Unused(groups[layer]["alpha"], "an alpha without its matrices")); continue
-        update = _update(box, layer, groups[layer], place, settings)
+        update = _update(box, layer, groups[layer], names[0].split(".")[0], place.rest, settings)
         grown += 0 if kind == "plain" else 4*(update.up.numel() + update.down.numel())
         if grown > MAX_EXPANDED: raise LoRAError(f"LoHa and LoKr factors grow beyond {MAX_EXPANDED >> 30} GiB when multiplied out; extract a plain LoRA of a lower rank from it")
         found = _split(layer, update, names)
@@ -904,16 +904,19 @@ def _assemble(box: _Box) -> LoRA:
     if grown: notes.append("multiplied out: ranks are products of the file's own")
     return _finish(box, keys, layers, origin, left + lost, [*box.notes, *notes])
 
-# %% ../nbs/01_lora.ipynb #b4aef6ed
+# %% ../nbs/01_lora.ipynb #7fc5ab37
 def _acts(update: LowRank) -> bool:
-    "Whether an update is anything but zero."
-    return all(bool((t.float() if t.dtype.itemsize == 1 else t).any()) for t in (update.up, update.down))
+    "Whether an update is anything but zero. (The first number tells nearly always.)"
+    some = lambda t: bool(t.flatten()[0]) or bool((t.float() if t.dtype.itemsize == 1 else t).any())
+    return some(update.up) and some(update.down)
 
 def _finish(box: _Box, keys, layers: dict[str, LowRank], origin: Mapping[str, tuple], left: list[Unused], notes: list[str]) -> LoRA:
     "Family, shapes, and the last question: does it do anything?"
     spelling = _format(box, keys)
     family = _family({name: update.shape for name, update in layers.items()}, "FLUX" in spelling)
     table = _table(family) if family != "unknown" else {}
+    if not table and all(name in _table("flux") and _fits(name, update.shape, _table("flux")[name]) for name, update in layers.items() if name.startswith("transformer.")):
+        if any(name.startswith("transformer.") for name in layers): notes = [*notes, "its layers fit FLUX.1, but other networks (Qwen-Image) have the same"]
     strange = [name for name in layers if table and name not in table]
     left = left + [Unused(key, f"{_families[family]} has no layer {name!r}") for name in strange for key in origin[name]]
     layers = {name: _shaped(name, update, table[name], family) if table else update for name, update in layers.items() if name not in strange}
@@ -922,7 +925,7 @@ def _finish(box: _Box, keys, layers: dict[str, LowRank], origin: Mapping[str, tu
     if still: notes = [*notes, f"{still} of {len(layers)} updates are exactly zero"]
     return LoRA(box.name, layers, dict(box.metadata), box.sha256(), family, Report(spelling, tuple(left), tuple(notes)), box.source)
 
-# %% ../nbs/01_lora.ipynb #0319bffc
+# %% ../nbs/01_lora.ipynb #3d59d5bd
 _usual = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
 
 def _choose(names: list[str], where: str) -> str:
@@ -945,7 +948,7 @@ def _config_beside(path: Path) -> tuple[dict | None, tuple[str, ...]]:
     if not isinstance(told, dict): raise LoRAError("adapter_config.json beside it is not readable JSON; download it again")
     return told, ()
 
-# %% ../nbs/01_lora.ipynb #09154795
+# %% ../nbs/01_lora.ipynb #34cc9eb9
 def _from_hub(repo: str, weight_name: str | None) -> Path:
     "The file of a repository, downloaded or from the cache; with its adapter_config.json beside it."
     from huggingface_hub import constants, hf_hub_download, list_repo_files, snapshot_download
@@ -967,7 +970,7 @@ def _in_folder(folder: Path, weight_name: str | None, where: str) -> Path:
     if not (folder/name).is_file(): raise LoRAError(f"there is no {name!r} in it; it holds {', '.join(sorted(p.name for p in folder.iterdir())[:20]) or 'nothing'}")
     return folder/name
 
-# %% ../nbs/01_lora.ipynb #8e9642ed
+# %% ../nbs/01_lora.ipynb #206d6059
 def _locate(source: str, weight_name: str | None) -> tuple[Path, str]:
     "The file a source means, and the name of the LoRA."
     path = Path(source).expanduser()
@@ -986,7 +989,7 @@ def _open_path(source: str, weight_name: str | None) -> _Box:
     config, notes = _config_beside(path)
     return replace(_open_file(path), name=name or path.stem, config=config, source=source, notes=notes)
 
-# %% ../nbs/01_lora.ipynb #d9a920cf
+# %% ../nbs/01_lora.ipynb #825469be
 def read_lora(
     source: "str | os.PathLike | Mapping[str, Tensor] | LoRA",  # file, folder, hub id ("user/name"), state dict, or a LoRA, which is returned as it is
     *,

@@ -1,6 +1,7 @@
 "Reading LoRA files: real files, key layouts, diffusers and PEFT as oracles, and everything that must be refused."
 import hashlib
 import json
+import math
 import os
 import random
 import re
@@ -133,10 +134,12 @@ def test_layout(path):
     "Every layout is read in full, with the shapes of its network, or refused by name."
     expected = next(value for start, value in LAYOUTS.items() if path.stem.startswith(start))
     shapes = json.loads(path.read_text())
-    tensors = {key: torch.zeros(shape).index_fill_(0, torch.tensor(0), .5) if shape else torch.tensor(3.) for key, shape in shapes.items()}
     if isinstance(expected, str):
-        with pytest.raises(LoRAError, match=expected): read_lora(tensors)
+        with pytest.raises(LoRAError, match=expected): read_lora({key: torch.tensor(1.).expand(shape) for key, shape in shapes.items()})
         return
+    g = torch.Generator().manual_seed(0)
+    numbers = torch.randn(2**20, generator=g)
+    tensors = {key: (numbers if math.prod(shape) <= 2**20 else numbers.repeat(-(-math.prod(shape)//2**20)))[:math.prod(shape)].reshape(shape) if shape else torch.tensor(3.) for key, shape in shapes.items()}
     lora = read_lora(tensors)
     assert (lora.family, len(lora.denoiser), len(lora.text_encoders)) == expected
     assert not lora.report.unused
@@ -255,7 +258,8 @@ def converted_pairs(converted, alphas=None):
         if layer.startswith("text_encoder"): layer = f"{head}.{TEXT_ENDS.get(end, end)}"
         elif end == "to_out": layer += ".0"
         up = converted[key.replace("lora_A.weight", "lora_B.weight").replace(".down.weight", ".up.weight")]
-        out[layer] = down, up, float((alphas or {}).get(f"{key}.alpha", down.shape[0]))/down.shape[0]
+        alpha = next((alphas[name] for name in (f"{key}.alpha", f"{key[:found.start()]}.alpha") if name in (alphas or {})), down.shape[0])
+        out[layer] = down, up, float(alpha)/down.shape[0]
     return out
 
 
@@ -466,6 +470,14 @@ def test_scales():
         tensors = state(Q) | ({} if alpha is None else {f"{Q}.alpha": torch.tensor(alpha)})
         assert read_lora(tensors).layers[Q].scale == scale
     assert read_lora(state(Q) | {f"{Q}.alpha": 1.0}).layers[Q].scale == .5
+
+
+def test_settings_of_the_header_by_component(tmp_path):
+    "`transformer.…` settings hold for the transformer in whichever spelling, and not for the text encoder."
+    down, up = pair(3072, 3072)
+    save_file({"diffusion_model.double_blocks.0.img_attn.proj.lora_A.weight": down, "diffusion_model.double_blocks.0.img_attn.proj.lora_B.weight": up}
+              | state("text_encoder.text_model.encoder.layers.0.self_attn.q_proj", ins=768, outs=768), tmp_path/"x.safetensors", {"lora_adapter_metadata": json.dumps({"transformer.r": 2, "transformer.lora_alpha": 16})})
+    assert [update.scale for update in read_lora(tmp_path/"x.safetensors").layers.values()] == [8.0, 1.0]
 
 
 def test_metadata_never_decides_the_family(tmp_path):
