@@ -13,7 +13,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 STAGES = {   # stage: commands that run side by side, one thread each if there are two
-    "data": [["data.py"]], "vae": [["vae.py"]], "base": [["base.py"]], "loras": [["loras.py", "subjects"], ["loras.py", "styles"]],
+    "data": [["data.py"]], "vae": [["vae.py"]], "base": [["base.py", "0", "2"], ["base.py", "1", "2"]], "loras": [["loras.py", "subjects"], ["loras.py", "styles"]],
     "encoders": [["encoders.py", "probe"], ["encoders.py", "judge"]], "floors": [["floors.py"]], "export": [["export.py"]],
 }
 

@@ -5,12 +5,14 @@ import time
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from PIL import Image
 
 HERE = Path(__file__).resolve().parent
 RUNS = Path(os.environ.get("LORAMIX_RUNS", HERE / "runs"))
 OUT = Path(os.environ.get("LORAMIX_OUT", HERE.parent / "loramix" / "data"))
 NOTES = Path(os.environ.get("LORAMIX_NOTES", HERE))   # logs, grids and floors
+PORT = 29517   # where workers meet
 SHORT = bool(os.environ.get("LORAMIX_SHORT"))
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
 torch.set_flush_denormal(True)
@@ -66,6 +68,39 @@ def load(path):
     return torch.load(path, weights_only=True) if path.exists() else None
 
 
+def join(rank, workers):
+    """Become one of several workers that train the same weights on their own core."""
+    if workers > 1:
+        dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{PORT}", rank=rank, world_size=workers)
+
+
+def rank():
+    """This worker's number; 0 when there is only one."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def first_alone(work):
+    """Do a piece of work that leaves a file: the first worker before the others."""
+    if not dist.is_initialized():
+        return work()
+    if rank():
+        dist.barrier()
+    result = work()
+    if rank() == 0:
+        dist.barrier()
+    return result
+
+
+def share_gradients(parameters):
+    """Average the gradients of all workers."""
+    if dist.is_initialized():
+        gradients = [p.grad for p in parameters]
+        flat = torch.cat([g.reshape(-1) for g in gradients])
+        dist.all_reduce(flat)
+        for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients])):
+            gradient.copy_(part.view(gradient.shape) / dist.get_world_size())
+
+
 def train(stage, models, loss_of, total, peak, decay=.999, every=100, betas=(.9, .99), weight_decay=.01, clip=1., keep=60.,
           at=(), then=None, parameters=None):
     """Train `models` with AdamW for `total` steps; resume from the stage's checkpoint; return the averages.
@@ -83,18 +118,22 @@ def train(stage, models, loss_of, total, peak, decay=.999, every=100, betas=(.9,
         average.values = state["average"]
         optimiser.load_state_dict(state["optimiser"])
         first, spent = state["step"], state["spent"]
-        log(stage, f"resumed at step {first}")
+        if rank() == 0:
+            log(stage, f"resumed at step {first}")
     saved, sums = time.time(), {}
     for step in range(first, total):
-        generator = torch.Generator().manual_seed(1_000_003 * (step + 1))
+        generator = torch.Generator().manual_seed(1_000_003 * (step + 1) + rank())
         torch.manual_seed(step)
         for group in optimiser.param_groups:
             group["lr"] = schedule(step, total, peak, warm=min(100, total // 4 + 1))
         loss, numbers = loss_of(step, generator)
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
+        share_gradients(chosen)
         torch.nn.utils.clip_grad_norm_(chosen, clip)
         optimiser.step()
+        if rank():
+            continue   # the first worker keeps the books
         average.update(step)
         for key, value in numbers.items():
             sums.setdefault(key, []).append(float(torch.as_tensor(value).detach()))

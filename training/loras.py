@@ -3,6 +3,7 @@ import argparse
 
 import torch
 from diffusers import StableDiffusionPipeline
+from diffusers.models.attention_processor import AttnProcessor
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 
@@ -58,7 +59,11 @@ def learn(kind, name, peak):
     torch.manual_seed(sum(map(ord, name)))
     config = LoraConfig(r=setting["rank"], lora_alpha=setting["alpha"], target_modules=TARGETS, init_lora_weights="gaussian")
     pipe.unet.requires_grad_(False)
-    pipe.unet.add_adapter(config)
+    pipe.unet.set_attn_processor(AttnProcessor())
+    pipe.unet.to(torch.bfloat16).add_adapter(config)
+    for parameter in pipe.unet.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
     layers = torch.nn.ParameterDict({key.replace(".", "/"): p for key, p in pipe.unet.named_parameters() if p.requires_grad})
     with torch.no_grad():
         unique = sorted({form for forms in captions for form in forms} | {""})

@@ -8,6 +8,7 @@ import world
 from common import NOTES, RUNS, load, log, save, sheet, steps, train
 
 STAGE, STEPS, BATCH = "vae", 3700, 16
+WEAK = .3   # variance, before whitening, below which a latent direction stays small
 STYLES = ["flat", "noto", "flat", "noto", "line", "gradient", "twemoji", *data.PROCEDURAL]
 
 
@@ -71,14 +72,17 @@ def show(model, path):
 
 @torch.no_grad()
 def whiten(model, names):
-    """Fold into the quant convolutions the rotation and scale that give latents mean 0 and unit covariance."""
+    """Fold into the quant convolutions the rotation and scale that give latents mean 0, no correlation and unit variance.
+
+    Directions that hardly vary are not blown up to 1: the denoiser would spend itself on their noise.
+    """
     generator = torch.Generator().manual_seed(7)
     latents = torch.cat([model.encode(batch(names, 32, generator)).latent_dist.mean for _ in range(steps(40))])
     flat = latents.permute(1, 0, 2, 3).flatten(1).double()
     mean = flat.mean(1)
     values, vectors = torch.linalg.eigh((flat - mean[:, None]) @ (flat - mean[:, None]).T / flat.shape[1])
-    there = (vectors / values.sqrt()).T
-    back = vectors * values.sqrt()
+    scale = values.clamp(min=WEAK).sqrt()
+    there, back = (vectors / scale).T, vectors * scale
     quant, post = model.quant_conv, model.post_quant_conv
     weight, bias = quant.weight[:6, :, 0, 0].double(), quant.bias[:6].double()
     quant.weight[:6, :, 0, 0], quant.bias[:6] = (there @ weight).float(), (there @ (bias - mean)).float()
