@@ -147,6 +147,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'loramix.fusion.Rows': ('fusion.html#rows', 'loramix/fusion.py'),
                                 'loramix.fusion.Rows.row': ('fusion.html#rows.row', 'loramix/fusion.py'),
                                 'loramix.fusion.Site': ('fusion.html#site', 'loramix/fusion.py'),
+                                'loramix.fusion.Site.dtype': ('fusion.html#site.dtype', 'loramix/fusion.py'),
                                 'loramix.fusion.Site.weight': ('fusion.html#site.weight', 'loramix/fusion.py'),
                                 'loramix.fusion._absent': ('fusion.html#_absent', 'loramix/fusion.py'),
                                 'loramix.fusion._check_arguments': ('fusion.html#_check_arguments', 'loramix/fusion.py'),

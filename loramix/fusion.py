@@ -9,25 +9,22 @@ __all__ = ['FusionError', 'entry_steps', 'matches', 'entry_of', 'schedule_steps'
            'check_loras', 'Rows', 'make_rows', 'halves', 'joined_output', 'Guard', 'Fusion', 'text_weights',
            'edit_texts', 'fuse']
 
-# %% ../nbs/06_fusion.ipynb #8ed6e0d1
-import dataclasses, inspect, logging, threading, weakref
+# %% ../nbs/06_fusion.ipynb #e44ae1b8
+import dataclasses, inspect, logging, threading
 from dataclasses import dataclass, field
 
 import torch
 from torch import nn
-
-# %% ../nbs/06_fusion.ipynb #18f5e41f
 from .lora import LoRA, LowRank
 from .plan import Plan
 
-# %% ../nbs/06_fusion.ipynb #4c3d080b
+# %% ../nbs/06_fusion.ipynb #2ce7f238
 class FusionError(RuntimeError):
     "A plan cannot be put to work on this pipeline, or a pipeline has changed under it. The message says why and what to do."
 
-# %% ../nbs/06_fusion.ipynb #44af11f1
 _log = logging.getLogger(__name__)
 
-# %% ../nbs/06_fusion.ipynb #b49a9cdb
+# %% ../nbs/06_fusion.ipynb #f9746f4f
 def entry_steps(
     scheduler # a diffusers scheduler on which `set_timesteps` was called
 ) -> list: # for each entry of `scheduler.timesteps` the step that it belongs to, counted from 0
@@ -38,14 +35,13 @@ def entry_steps(
         return [i//4 for i in range(start)] + [max(i - 1, 0) if start == 0 else i + start//4 for i in range(entries - start)]
     return [i//scheduler.order for i in range(entries)]
 
-# %% ../nbs/06_fusion.ipynb #d258459a
+# %% ../nbs/06_fusion.ipynb #24c795b5
 def _view_entry(timestep, table):
     "The entry of `table` whose memory `timestep` is, or None."
     if not torch.is_tensor(timestep) or any(timestep.stride()) or timestep.device != table.device or timestep.dtype != table.dtype: return None
     entry, rest = divmod(timestep.data_ptr() - table.data_ptr(), table.element_size()*max(table.stride(0), 1))
     return entry if rest == 0 and 0 <= entry < len(table) else None
 
-# %% ../nbs/06_fusion.ipynb #437492e1
 def _near(value, table, slack):
     "Entries of `table` within `slack` of `value`, the nearest first."
     gap = (table - value).abs()
@@ -62,7 +58,7 @@ def matches(
     eps = torch.finfo(dtype).eps if dtype.is_floating_point else 0.
     return _near(value, table, 1e-3 + 2*eps*abs(value)) or _near(1000*value, table, 1e-3 + 2*eps*abs(1000*value))
 
-# %% ../nbs/06_fusion.ipynb #bc19f09b
+# %% ../nbs/06_fusion.ipynb #9eef94eb
 def entry_of(
     scheduler, # the diffusers scheduler that drives the denoiser
     timestep, # what the denoiser was handed
@@ -81,7 +77,6 @@ def entry_of(
         if hint is not None: return min(found, key=lambda entry: abs(entry - hint))
     return min(found) if len(set(table[found].tolist())) == 1 else found[0]
 
-# %% ../nbs/06_fusion.ipynb #940dcbc2
 def _stranger(scheduler, timestep):
     "What to say of a timestep that the scheduler does not have."
     value = timestep.flatten()[0].item() if torch.is_tensor(timestep) else timestep
@@ -89,17 +84,18 @@ def _stranger(scheduler, timestep):
         f"({type(scheduler).__name__}): a plan follows the scheduler of the pipeline that it was fused to. If another scheduler drives the "
         "denoiser, set it as pipe.scheduler, or fuse to the pipeline that holds it; if you call the denoiser by hand, use timesteps of pipe.scheduler.")
 
-# %% ../nbs/06_fusion.ipynb #a96850cf
+# %% ../nbs/06_fusion.ipynb #97d89493
 def schedule_steps(
     scheduler # a diffusers scheduler
 ) -> int: # its number of steps N
     "The number of steps of the schedule now set. `FusionError` where none is set."
-    if getattr(scheduler, "num_inference_steps", True) is None:
+    train = getattr(scheduler.config, "num_train_timesteps", None)
+    if getattr(scheduler, "num_inference_steps", None if len(scheduler.timesteps) == train else True) is None:
         raise FusionError(f"No schedule is set on pipe.scheduler ({type(scheduler).__name__}), so a denoiser call belongs to no step. "
             "Run the pipeline, or call pipe.scheduler.set_timesteps(number_of_steps) before calling the denoiser by hand.")
     return entry_steps(scheduler)[-1] + 1
 
-# %% ../nbs/06_fusion.ipynb #bf9fceb1
+# %% ../nbs/06_fusion.ipynb #d569b4a9
 def joined(
     updates, # the layer's low-rank updates, each with `factors`
     weights, # the plan's factor for each, same length
@@ -121,7 +117,7 @@ def mixed_weight(
     up, down = joined(updates, weights, dtype, saved.device)
     return torch.addmm(saved.flatten(1).to(dtype), up, down).view(saved.shape).to(saved.dtype)
 
-# %% ../nbs/06_fusion.ipynb #b67bc503
+# %% ../nbs/06_fusion.ipynb #c9c8ccdf
 def unwrapped(
     module # a module, or None
 ): # the module under `torch.compile`'s and PEFT's wrappers
@@ -133,7 +129,7 @@ def unwrapped(
         module = inner
     return module
 
-# %% ../nbs/06_fusion.ipynb #f115e173
+# %% ../nbs/06_fusion.ipynb #6e3574d9
 def find_modules(
     root:nn.Module, # a component of a pipeline
     path:str # module path inside it
@@ -155,7 +151,7 @@ def find_layer(
     if not isinstance(root, nn.Module): return []
     return find_modules(root, path) or (find_modules(root, path.replace("text_model.", "", 1)) if path.startswith("text_model.") else [])
 
-# %% ../nbs/06_fusion.ipynb #a35ae502
+# %% ../nbs/06_fusion.ipynb #f4866b37
 @dataclass(eq=False)
 class Site:
     "A layer of the pipeline that LoRAs act on."
@@ -170,7 +166,12 @@ class Site:
         "The layer's weight as it is now; `.data`, since it is edited outside autograd."
         return self.path[-1]._parameters["weight"].data
 
-# %% ../nbs/06_fusion.ipynb #cbe9196a
+    @property
+    def dtype(self) -> torch.dtype:
+        "What a mix is computed in: float32, or float64 for a float64 weight."
+        return torch.float64 if self.saved.dtype == torch.float64 else torch.float32
+
+# %% ../nbs/06_fusion.ipynb #13c73908
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 def check_layer(
@@ -187,7 +188,7 @@ def check_layer(
         raise FusionError(f"A mix is written into float16, bfloat16, float32 or float64 weights; {name} holds {type(weight).__name__} of {weight.dtype} "
             "(quantised, float8 or layerwise cast). Load the pipeline without quantisation or layerwise casting.")
 
-# %% ../nbs/06_fusion.ipynb #26139596
+# %% ../nbs/06_fusion.ipynb #3d349df4
 _offload_advice = ("a mix edits weights in place, so they must stay. Use pipe.enable_model_cpu_offload() or pipe.to(device) instead, "
     "set before the mix is attached.")
 
@@ -207,7 +208,7 @@ def check_path(
         if registry is not None and registry.get_hook("group_offloading") is not None:
             raise FusionError(f"Group offloading is on: weights are not in place between calls, and {_offload_advice}")
 
-# %% ../nbs/06_fusion.ipynb #d17ec755
+# %% ../nbs/06_fusion.ipynb #7312d63b
 def find_sites(
     pipe, # a diffusers pipeline
     loras, # the LoRAs, in the plan's order
@@ -227,7 +228,7 @@ def find_sites(
         sites.append(Site(name, path, updates))
     return sites
 
-# %% ../nbs/06_fusion.ipynb #790bc6a4
+# %% ../nbs/06_fusion.ipynb #c1af975b
 def _holder(loras, updates): return next(lora for lora, update in zip(loras, updates) if update is not None)
 
 def _absent(pipe, loras, updates, name):
@@ -248,7 +249,7 @@ def _check_shape(pipe, lora, update, name, weight):
     raise FusionError(f"In {lora.name!r} the layer {name} has shape {list(ours)}, in this {type(pipe).__name__} {list(theirs)}: it is a LoRA for another base "
         f"(family {lora.family!r}). Load the pipeline that the LoRA was trained for.")
 
-# %% ../nbs/06_fusion.ipynb #b852a9ea
+# %% ../nbs/06_fusion.ipynb #4337e024
 def save_site(
     site:Site, # a layer about to be edited
     backup:str="device" # "device": the copy stays beside the weight; "cpu": in (pinned) CPU memory
@@ -269,48 +270,57 @@ def bring_site(
     if site.factors and all(f is None or f[0].device == device for f in site.factors): return
     site.factors = [None if u is None else (*u.factors(torch.promote_types(u.up.dtype, u.down.dtype), device), u.scale) for u in site.updates]
 
-# %% ../nbs/06_fusion.ipynb #cad74391
-def _joined(site, weights, dtype):
-    "`joined` for a site whose factors are in place."
-    pairs = [(up.to(dtype)*(weight*scale), down.to(dtype)) for (up, down, scale), weight in weights]
-    if len(pairs) == 1: return pairs[0]
-    return torch.cat([up for up, _ in pairs], 1), torch.cat([down for _, down in pairs])
+# %% ../nbs/06_fusion.ipynb #bdb31019
+_LARGE = 1 << 18 # numbers in a layer from which on it is read and written as seldom as possible
+
+def _joined(active, dtype):
+    "Weighted factors in place as one update: [(up, down, 1)]; see `joined`."
+    pairs = [(up.to(dtype)*scale, down.to(dtype)) for up, down, scale in active]
+    return [(torch.cat([up for up, _ in pairs], 1), torch.cat([down for _, down in pairs]), 1.)]
 
 def write_site(
     site:Site, # a saved layer with its factors in place
     weights # the plan's factor for each LoRA
 ) -> None:
     "Set a layer's weight to `W0 + Σ wᵢ ΔWᵢ`, in place."
-    active = [(factors, weight) for factors, weight in zip(site.factors, weights) if factors is not None and weight]
-    weight, saved = site.weight, site.saved
-    if not active: weight.copy_(saved, non_blocking=True); return
-    dtype = torch.promote_types(saved.dtype, torch.float32)
-    up, down = _joined(site, active, dtype)
-    if weight.dtype == saved.dtype == dtype and weight.is_contiguous(): torch.addmm(saved.to(weight.device).flatten(1), up, down, out=weight.flatten(1))
-    else: weight.copy_(torch.addmm(saved.to(weight.device, dtype, non_blocking=True).flatten(1), up, down).view(weight.shape))
+    active = [(f[0], f[1], weight*f[2]) for f, weight in zip(site.factors, weights) if weight and f is not None]
+    target, saved, dtype = site.weight, site.saved, site.dtype
+    if not active: target.copy_(saved, non_blocking=True); return
+    if active[0][0].dtype != dtype or (len(active) > 1 and saved.numel() >= _LARGE): active = _joined(active, dtype)
+    (up, down, scale), *more = active
+    straight = target.dtype == saved.dtype == dtype and target.device == saved.device and target.is_contiguous() and saved.is_contiguous()
+    if straight: result = torch.addmm(saved.flatten(1), up, down, alpha=scale, out=target.flatten(1))
+    else: result = saved.to(target.device, dtype, non_blocking=True, copy=True).flatten(1).addmm_(up, down, alpha=scale)
+    for up, down, scale in more: result.addmm_(up, down, alpha=scale)
+    if not straight: target.copy_(result.view(target.shape))
 
-# %% ../nbs/06_fusion.ipynb #4f39ea07
+# %% ../nbs/06_fusion.ipynb #29d70b46
+def _stacked(tensors, dtype, device):
+    "Tensors of one shape as one, contiguous, in a dtype and on a device; converted without a copy in between."
+    if tensors[0].dtype == dtype and tensors[0].device == device: return torch.stack([t.contiguous() for t in tensors])
+    result = torch.empty(len(tensors), *tensors[0].shape, dtype=dtype, device=device)
+    torch._foreach_copy_(list(result.unbind()), tensors, non_blocking=True)
+    return result
+
 def write_batch(
     sites, # saved layers of one shape, with factors of equal ranks in place
     weights # the plan's factors, [layers][loras]
 ) -> None:
     "Set the weights of several layers of one shape to `W0 + Σ wᵢ ΔWᵢ`, in place."
     saved, targets = [site.saved for site in sites], [site.weight for site in sites]
-    dtype = torch.promote_types(saved[0].dtype, torch.float32)
-    scratch = torch.empty(len(sites), *targets[0].shape, dtype=dtype, device=targets[0].device)
-    torch._foreach_copy_(list(scratch.unbind()), saved, non_blocking=True)
+    dtype = sites[0].dtype
+    scratch = _stacked(saved, dtype, targets[0].device)
     ups, downs = [], []
     for i, factors in enumerate(sites[0].factors):
         if factors is None: continue
-        up = torch.stack([site.factors[i][0] for site in sites]).to(dtype)
-        torch._foreach_mul_(list(up.unbind()), [row[i]*site.factors[i][2] for site, row in zip(sites, weights)])
-        ups.append(up)
+        factor = torch.tensor([row[i]*site.factors[i][2] for site, row in zip(sites, weights)], dtype=dtype)
+        ups.append(torch.stack([site.factors[i][0] for site in sites]).to(dtype)*factor.to(scratch.device, non_blocking=True)[:, None, None])
         downs.append(torch.stack([site.factors[i][1] for site in sites]).to(dtype))
     scratch.flatten(2).baddbmm_(torch.cat(ups, 2), torch.cat(downs, 1))
     torch._foreach_copy_(targets, list(scratch.unbind()), non_blocking=True)
 
-# %% ../nbs/06_fusion.ipynb #9adf2a3d
-_SCRATCH = {"cpu": 1 << 20, "cuda": 1 << 25} # numbers in one scratch, beyond the largest layer
+# %% ../nbs/06_fusion.ipynb #51add8e9
+_SCRATCH = {"cpu": 0, "cuda": 1 << 25} # numbers in the scratch of a batch; 0: no batches
 
 def batches(
     sites, # saved layers with their factors in place
@@ -324,23 +334,22 @@ def batches(
         groups.setdefault((tuple(site.weight.shape), site.weight.dtype, site.saved.dtype, site.weight.device, ranks), []).append(i)
     result = []
     for (shape, _, _, device, _), members in groups.items():
-        size = max(1, _SCRATCH.get(device.type, 1 << 25)//max(1, torch.Size(shape).numel()))
+        size = max(1, _SCRATCH.get(device.type, 0)//max(1, torch.Size(shape).numel()))
         result += [members[i:i+size] for i in range(0, len(members), size)]
     return result
 
-# %% ../nbs/06_fusion.ipynb #b8f317f2
 def _churn(table):
     "The mean share of layers that change from one step to the next."
     return (table[1:] != table[:-1]).any(-1).float().mean().item() if len(table) > 1 else 1.
 
 def _kind(site): return site.weight.device, site.weight.dtype
 
-# %% ../nbs/06_fusion.ipynb #c405a577
+# %% ../nbs/06_fusion.ipynb #dcf7b9e1
 class Editor:
     "Layers of a pipeline, the factors that stand in them now, and the way back."
     def __init__(self, sites, backup="device"):
         self.sites, self.backup, self.changes = sites, backup, 0
-        self.used, self.table, self.kind = [], None, None
+        self.used, self.table, self.kind, self.at = [], None, None, None
 
     def mode(self):
         "Pipelines may be made or run in inference mode, whose tensors can be edited only there, and others anywhere: the weights decide."
@@ -350,7 +359,7 @@ class Editor:
         "Make ready for a table [steps, sites, loras]: keep the weights of the layers that it ever changes."
         used = table.ne(0).any(0).any(-1).tolist()
         self.used = [i for i, site in enumerate(self.sites) if used[i] or site.saved is not None]
-        self.table, self.kind = table, None
+        self.table, self.kind, self.at = table, None, None
         with self.mode():
             for i in self.used: save_site(self.sites[i], self.backup)
 
@@ -360,27 +369,27 @@ class Editor:
         for site in chosen: check_layer(site.name, site.path)
         for site in chosen: bring_site(site, self.backup)
         self.chunks = [[self.used[i] for i in chunk] for chunk in batches(chosen, _churn(self.table) > 0.25)]
+        self.chunk_of = {i: n for n, chunk in enumerate(self.chunks) for i in chunk}
         self.now = torch.full(self.table.shape[1:], float("nan"))
-        self.kind = _kind(chosen[0])
+        self.kind, self.at = _kind(chosen[0]), None
 
     def set(self, step):
         "Give every layer the factors of one row of the table, writing only where they differ."
         if not self.used: return
         with torch.no_grad(), self.mode():
             if self.kind != _kind(self.sites[self.used[0]]): self.place()
+            if step == self.at: return
             row = self.table[step]
-            changed = set((row != self.now).any(1).nonzero().flatten().tolist())
-            if not changed: return
-            for chunk in self.chunks:
-                if not changed.isdisjoint(chunk): self._write(chunk, row)
-            self.changes += len(changed.intersection(self.used))
+            changed = [i for i in (row != self.now).any(1).nonzero().flatten().tolist() if i in self.chunk_of]
+            self.at, weights = None, row.tolist()
+            self.now.fill_(float("nan"))
+            for n in sorted({self.chunk_of[i] for i in changed}): self._write(self.chunks[n], weights)
             self.now.copy_(row)
+            self.at, self.changes = step, self.changes + len(changed)
 
-    def _write(self, chunk, row):
-        self.now[chunk] = float("nan")
-        sites, weights = [self.sites[i] for i in chunk], row[chunk].tolist()
-        if len(chunk) > 1: write_batch(sites, weights)
-        else: write_site(sites[0], weights[0])
+    def _write(self, chunk, weights):
+        if len(chunk) == 1: write_site(self.sites[chunk[0]], weights[chunk[0]])
+        else: write_batch([self.sites[i] for i in chunk], [weights[i] for i in chunk])
 
     def restore(self):
         "Put every layer's own weight back and let go of the copies."
@@ -389,9 +398,9 @@ class Editor:
         with torch.no_grad(), self.mode():
             for site in saved: site.weight.copy_(site.saved)
         for site in self.sites: site.saved, site.factors = None, []
-        self.used, self.table, self.kind = [], None, None
+        self.used, self.table, self.kind, self.at = [], None, None, None
 
-# %% ../nbs/06_fusion.ipynb #96102fa0
+# %% ../nbs/06_fusion.ipynb #66eb069c
 def thin(
     weights:torch.Tensor, # a plan's factors, [steps, layers, loras]
     tolerance:float # largest difference that may go unapplied; 0: none
@@ -404,7 +413,7 @@ def thin(
         rows.append(torch.where(moved, row, rows[-1]))
     return torch.stack(rows)
 
-# %% ../nbs/06_fusion.ipynb #5133c4f5
+# %% ../nbs/06_fusion.ipynb #f064b52a
 def site_table(
     weights:torch.Tensor, # a plan's factors, [steps, layers, loras]
     layers, # the plan's layer names
@@ -419,7 +428,7 @@ def site_table(
     table[:, [place[layers[i]] for i in known]] = weights[:, known]
     return table*torch.tensor([[u is not None for u in site.updates] for site in sites]).view(len(sites), weights.shape[2])
 
-# %% ../nbs/06_fusion.ipynb #faad7745
+# %% ../nbs/06_fusion.ipynb #5f6a6a18
 def find_denoiser(
     pipe # a diffusers pipeline
 ) -> tuple: # ("unet" or "transformer", the module)
@@ -431,7 +440,6 @@ def find_denoiser(
         if isinstance(module, nn.Module): return component, unwrapped(module)
     raise FusionError(f"{type(pipe).__name__} has no denoiser that a plan can work on: pipe.unet or pipe.transformer is needed.")
 
-# %% ../nbs/06_fusion.ipynb #d9e88f73
 def _timestep_place(denoiser):
     "The position of `timestep` among the arguments of the denoiser's forward."
     names = list(inspect.signature(type(denoiser).forward).parameters)[1:]
@@ -444,7 +452,7 @@ def _timestep(args, kwargs, place):
     if "timestep" in kwargs: return kwargs["timestep"]
     raise FusionError("The denoiser was called without a timestep, so the call belongs to no step of the plan.")
 
-# %% ../nbs/06_fusion.ipynb #876ae9df
+# %% ../nbs/06_fusion.ipynb #bddcfd2f
 def plan_for(
     planner, # a `Plan`, or a function steps -> `Plan`
     steps:int, # steps of the run
@@ -467,7 +475,7 @@ def check_loras(
     if names != tuple(plan.loras): raise FusionError(f"The plan is for the LoRAs {list(plan.loras)}, in this order; given were {list(names)}.")
     if not torch.isfinite(plan.weights).all(): raise FusionError("The plan's weights must be finite; some are NaN or infinite.")
 
-# %% ../nbs/06_fusion.ipynb #ed933adf
+# %% ../nbs/06_fusion.ipynb #aa526f33
 @dataclass(frozen=True, eq=False)
 class Rows:
     "A plan made ready for a pipeline."
@@ -494,7 +502,7 @@ def make_rows(
     second = site_table(thin(plan.unconditional, tolerance), plan.layers, sites)
     return Rows(plan, applied, torch.stack([second, table], 1).flatten(0, 1), (second != table).flatten(1).any(1).tolist())
 
-# %% ../nbs/06_fusion.ipynb #4192e0b0
+# %% ../nbs/06_fusion.ipynb #83eb3975
 def _half(value, batch, part):
     "The first (0) or second (1) half of everything batched in a value."
     if torch.is_tensor(value): return value.chunk(2)[part] if value.dim() and value.shape[0] == batch else value
@@ -523,7 +531,7 @@ def joined_output(
     if isinstance(first, dict): return type(first)(**{key: joined_output(value, second[key]) for key, value in first.items()})
     return type(first)(joined_output(a, b) for a, b in zip(first, second))
 
-# %% ../nbs/06_fusion.ipynb #b601680a
+# %% ../nbs/06_fusion.ipynb #7f56185b
 class Guard:
     "Lets one thread at a time into a denoiser, and turns others away."
     def __init__(self): self.lock, self.owner = threading.Lock(), None
@@ -542,14 +550,27 @@ class Guard:
         "Go out; does nothing for a thread that was turned away."
         if self.owner == threading.get_ident(): self.owner = None
 
-# %% ../nbs/06_fusion.ipynb #fdd40c7d
+# %% ../nbs/06_fusion.ipynb #a232f7cb
 def _offload_hook(denoiser):
     "The hook of accelerate that moves the whole denoiser between calls, or None."
     hook = getattr(denoiser, "_hf_hook", None)
     hooks = [hook, *getattr(hook, "hooks", ())]
     return next((h for h in hooks if type(h).__name__ == "CpuOffload"), None)
 
-# %% ../nbs/06_fusion.ipynb #882f1ab9
+def _guided(pipe):
+    "Whether the pipeline's run is guided in one call; its own word for it."
+    if getattr(pipe, "do_perturbed_attention_guidance", False):
+        raise FusionError("A plan with a table of its own for the unconditional half does not work with perturbed attention guidance, whose batch has three parts. Use a plan without `unconditional`.")
+    return bool(getattr(pipe, "do_classifier_free_guidance", False))
+
+_merge_message = ("A LoRA was merged into the pipeline's weights, or taken out of them (fuse_lora, unfuse_lora), while a mix is attached, and the mix is computed "
+    "from the weights as they were. Undo that, or remove() the mix before merging; adapters that are loaded and not merged work beside a mix.")
+
+def _merged(pipe):
+    "The adapters that diffusers has merged into the pipeline's weights."
+    return frozenset(getattr(pipe, "fused_loras", ()))
+
+# %% ../nbs/06_fusion.ipynb #29fbf627
 class Fusion:
     "A plan at work on a pipeline, until `remove()`; also a context manager. Made by `fuse`."
     def __init__(self, pipe, planner, loras, sites, *, backup="device", resample=False, tolerance=0.):
@@ -559,7 +580,7 @@ class Fusion:
         self.editor, self.texts, self.guard = Editor(sites, backup), None, Guard()
         self.watched = list({id(module): module for site in sites for module in (*site.path[:-1], sites[0].path[-1])}.values())
         self.ready, self.rows, self.step, self.handles = {}, None, None, []
-        self.index, self.second, self.inside = None, None, None
+        self.index = self.second = self.inside = self.timesteps = self.steps = None
 
     @property
     def plan(self) -> Plan|None:
@@ -590,12 +611,11 @@ class Fusion:
         self.rows = rows
 
     def attach(self):
-        "Hook into the denoiser."
-        before = self.denoiser.register_forward_pre_hook(self.before, with_kwargs=True)
-        self.handles = [before, self.denoiser.register_forward_hook(self.after, always_call=True)]
-        self.denoiser.__dict__["_loramix_fusion"] = weakref.ref(self)
+        "Hook into the denoiser; the hooks themselves stay out of `torch.compile`'s graphs, which therefore never see a weight change."
+        before, after = torch.compiler.disable(self.before), torch.compiler.disable(self.after)
+        self.handles = [self.denoiser.register_forward_pre_hook(before, with_kwargs=True), self.denoiser.register_forward_hook(after, always_call=True)]
+        self.denoiser.__dict__["_loramix_fusion"] = self
 
-    @torch.compiler.disable
     def before(self, module, args, kwargs):
         "Before a call of the denoiser: the row of its step. Returns the first half of a call that has to be split."
         if self.inside == threading.get_ident(): return
@@ -608,7 +628,6 @@ class Fusion:
         except BaseException: self.guard.leave(); raise
         if split: return args, kwargs
 
-    @torch.compiler.disable
     def after(self, module, args, output):
         "After a call of the denoiser, also a failed one (whose output is None)."
         if self.inside == threading.get_ident(): return
@@ -629,9 +648,10 @@ class Fusion:
         check_path(self.watched)
         if _merged(self.pipe) != self.merged: raise FusionError(_merge_message)
         scheduler = self.pipe.scheduler
-        steps = entry_steps(scheduler)
-        self.use(schedule_steps(scheduler))
-        self.step, self.index = steps[entry_of(scheduler, timestep, self.index)], getattr(scheduler, "step_index", None)
+        if scheduler.timesteps is not self.timesteps: self.timesteps, self.steps = scheduler.timesteps, (schedule_steps(scheduler), entry_steps(scheduler))
+        self.use(self.steps[0])
+        self.step = self.steps[1][entry_of(scheduler, timestep, self.index)]
+        self.index = getattr(scheduler, "step_index", None)
         return self.rows.split is not None and self.rows.split[self.step]
 
     def show(self, row):
@@ -654,21 +674,7 @@ class Fusion:
     def __deepcopy__(self, memo): raise FusionError("A denoiser cannot be copied while a mix is attached to it: remove() the mix first, or copy before.")
     def __repr__(self): return f"Fusion({self.component} of {type(self.pipe).__name__}, {len(self.loras)} LoRAs, {'attached' if self.handles else 'removed'}, step {self.step}, {self.changes} layer edits)"
 
-# %% ../nbs/06_fusion.ipynb #8738d0d6
-def _guided(pipe):
-    "Whether the pipeline's run is guided in one call; its own word for it."
-    if getattr(pipe, "do_perturbed_attention_guidance", False):
-        raise FusionError("A plan with a table of its own for the unconditional half does not work with perturbed attention guidance, whose batch has three parts. Use a plan without `unconditional`.")
-    return bool(getattr(pipe, "do_classifier_free_guidance", False))
-
-_merge_message = ("A LoRA was merged into the pipeline's weights, or taken out of them (fuse_lora, unfuse_lora), while a mix is attached, and the mix is computed "
-    "from the weights as they were. Undo that, or remove() the mix before merging; adapters that are loaded and not merged work beside a mix.")
-
-def _merged(pipe):
-    "The adapters that diffusers has merged into the pipeline's weights."
-    return frozenset(getattr(pipe, "fused_loras", ()))
-
-# %% ../nbs/06_fusion.ipynb #62cf6fb7
+# %% ../nbs/06_fusion.ipynb #5fd35ef9
 _POLICIES = {"both": ("subject", "style", "always"), "subject": ("subject", "always"), "style": ("style", "always"), "none": ()}
 
 def text_weights(
@@ -695,7 +701,7 @@ def edit_texts(
     except BaseException: editor.restore(); raise
     return editor
 
-# %% ../nbs/06_fusion.ipynb #65fb605a
+# %% ../nbs/06_fusion.ipynb #462c841e
 def fuse(
     pipe, # a diffusers pipeline with a UNet or transformer
     plan, # a `Plan`, or a function steps -> `Plan`, called for each step count that a run asks for
@@ -722,7 +728,6 @@ def fuse(
     _start(fusion, first.steps, text_weights(first, text_encoder), backup)
     return fusion
 
-# %% ../nbs/06_fusion.ipynb #7d6d4b31
 def _start(fusion, steps, weights, backup):
     "Copies, text encoders and hooks; all undone where one of them fails."
     try:
@@ -731,12 +736,13 @@ def _start(fusion, steps, weights, backup):
         fusion.attach()
     except BaseException: fusion.remove(); raise
 
-# %% ../nbs/06_fusion.ipynb #e1a61ebb
+# %% ../nbs/06_fusion.ipynb #4d97cdb0
 def _likely_steps(pipe, plan):
     "A step count to ask a planner for before the first run: for its strengths, and to see mistakes early."
     if hasattr(plan, "weights"): return plan.steps
-    try: return schedule_steps(pipe.scheduler)
+    try: steps = schedule_steps(pipe.scheduler)
     except FusionError: return 50
+    return 50 if steps == getattr(pipe.scheduler.config, "num_train_timesteps", None) else steps      # some start with a schedule of all of them
 
 def _check_arguments(loras, backup, tolerance):
     "The LoRAs as a list; `FusionError` for values that mean nothing."
@@ -747,8 +753,7 @@ def _check_arguments(loras, backup, tolerance):
 
 def _check_free(component, denoiser):
     "Raise `FusionError` where another mix is attached, or the layers are moved about one by one."
-    other = denoiser.__dict__.get("_loramix_fusion")
-    if other is not None and other() is not None:
+    if "_loramix_fusion" in denoiser.__dict__:
         raise FusionError(f"A mix is attached to this {component} already (perhaps through another pipeline that shares it). remove() it first.")
     for module in denoiser.modules(): check_path([module])
 
