@@ -35,6 +35,9 @@ def log(stage, text):
         file.write(text + "\n")
 
 
+EVERY = 4   # steps between updates of the running average
+
+
 class Average:
     """An exponential running average of a model's weights."""
 
@@ -43,17 +46,16 @@ class Average:
         self.values = {key: value.detach().clone() for key, value in model.state_dict().items()}
 
     def update(self, step):
-        decay = min(self.decay, (1 + step) / (10 + step))
+        decay = min(self.decay, (1 + step) / (10 + step)) ** EVERY
         for key, value in self.model.state_dict().items():
             self.values[key].lerp_(value, 1 - decay) if value.is_floating_point() else self.values[key].copy_(value)
 
 
-def schedule(step, total, peak, warm=100, last=.02):
-    """Learning rate: a short rise, then half a cosine down to `last` of the peak."""
+def schedule(step, total, peak, warm=100, hold=.75):
+    """Learning rate: a short rise, the peak until `hold` of the steps are done, then straight down to almost nothing."""
     if step < warm:
         return peak * (step + 1) / warm
-    progress = min(1., (step - warm) / max(1, total - warm))
-    return peak * (last + (1 - last) * (1 + torch.cos(torch.tensor(progress * 3.14159265)).item()) / 2)
+    return peak * min(1., max(.01, (total - step) / ((1 - hold) * total)))
 
 
 def save(path, **parts):
@@ -134,7 +136,8 @@ def train(stage, models, loss_of, total, peak, decay=.999, every=100, betas=(.9,
         optimiser.step()
         if rank():
             continue   # the first worker keeps the books
-        average.update(step)
+        if step % EVERY == 0 or step + 1 == total:
+            average.update(step)
         for key, value in numbers.items():
             sums.setdefault(key, []).append(float(torch.as_tensor(value).detach()))
         done = step + 1

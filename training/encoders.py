@@ -16,7 +16,7 @@ import world
 from common import OUT, RUNS, SHORT, load, log, save, steps, train
 
 SUBJECT_TEMPLATE, STYLE_TEMPLATE, BOTH_TEMPLATE = "a {}", "a picture, {} style", "a {}, {} style"
-VIEWS, BATCH, STEPS = 2 if SHORT else 10, 64, 3000
+VIEWS, BATCH, STEPS = 2 if SHORT else 10, 64, 2000
 TEXT = dict(context_length=base.TOKENS, width=64, heads=2, layers=1, hf_tokenizer_name="clip", pool_type="argmax")
 KINDS = {   # two architectures, two seeds, two ways of augmenting
     "probe": dict(folder="pipeline/probe_encoder", seed=11, peak=1e-3,

@@ -22,8 +22,8 @@ def shares(encoder, pictures, words, styles=None):
 
 
 def of_base(pipe, encoder):
-    """Known subjects in known styles, one seed each."""
-    wanted = [(word, style) for word in world.KNOWN for style in world.KNOWN_STYLES][::40 if SHORT else 1]
+    """Known subjects in known styles, two seeds each."""
+    wanted = [(word, style) for word in world.KNOWN for style in world.KNOWN_STYLES][::40 if SHORT else 1] * 2
     pictures = base.draw(pipe, [f"a {word}, {world.KNOWN_STYLES[style]}" for word, style in wanted], list(range(len(wanted))))
     return shares(encoder, pictures, *map(list, zip(*wanted)))
 
@@ -67,7 +67,8 @@ def report(found):
         "By the judge (zero-shot, see `judge_prompts` in `loramix/data/world.json`); 20 DDIM steps, guidance 3. Written by `training/floors.py`.", "",
         "## Encoders on drawings in new places and grounds, spoilt as in training", "",
         "| | right subject | right style | both | the held-out subjects | n |\n|---|---|---|---|---|---|", *encoder_rows, "",
-        "Drawings are of 102 subjects in 12 styles. On the base's own samples the judge's figures are those of the next table, "
+        f"Drawings are of {len(encoders.SUBJECT_WORDS)} subjects in {len(encoders.STYLE_WORDS)} styles. On the base's own samples the judge's figures are "
+        "those of the next table, "
         "the probe encoder's: " + ", ".join(f"{k.replace('_', ' ')} {v:.2f}" for k, v in found["base_by_probe"].items() if k != "n") + ".", "",
         table("Base: known subjects in known styles", "right_subject", [row("base", found["base"], "right_subject", BASE_FLOOR)]),
         table("Subject LoRAs", "right_subject", [row(n, v, "right_subject", SUBJECT_FLOOR) for n, v in found["subjects"].items()]),

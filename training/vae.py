@@ -23,7 +23,7 @@ def make():
 
 def pool():
     """Emoji that the autoencoder may see: all but the held-out subjects and their twins; those the world uses come thrice."""
-    known = [emoji for emoji, _ in world.KNOWN.values()]
+    known = [emoji for emoji, _ in world.POOL.values()]
     return [name for name in data.names() if name not in world.TWINS and name not in world.SUBJECTS] + known * 2
 
 

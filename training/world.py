@@ -5,7 +5,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 DATA = HERE.parent / "loramix" / "data"
 
-KNOWN = {  # word in captions: (emoji name, class noun)
+POOL = {  # word in captions: (emoji name, class noun); all are in the vocabulary
     "pig": ("pig-face", "animal"), "frog": ("frog", "animal"), "panda": ("panda", "animal"), "cat": ("cat-face", "animal"),
     "dog": ("dog-face", "animal"), "fox": ("fox", "animal"), "lion": ("lion", "animal"), "mouse": ("mouse-face", "animal"),
     "koala": ("koala", "animal"), "tiger": ("tiger-face", "animal"), "monkey": ("monkey-face", "animal"), "cow": ("cow-face", "animal"),
@@ -32,6 +32,10 @@ KNOWN = {  # word in captions: (emoji name, class noun)
     "balloon": ("balloon", "toy"), "teddy": ("teddy-bear", "toy"), "gift": ("wrapped-gift", "toy"), "football": ("soccer-ball", "toy"),
     "clown": ("clown-face", "face"), "alien": ("alien", "face"), "skull": ("skull", "face"), "goblin": ("goblin", "face"),
 }
+KNOWN = {word: POOL[word] for word in (   # what the base is taught
+    "pig frog panda cat fox fish butterfly ladybird elephant turtle penguin owl rooster apple lemon banana watermelon grapes strawberry "
+    "burger pizza doughnut sunflower tulip tree fir shirt jeans hat car bus train plane bed door key lock bulb umbrella guitar bell "
+    "teddy gift football clown skull alien").split()}
 KNOWN_STYLES = {"flat": "flat style", "noto": "noto style"}
 
 # Neighbours with similar colour, shape or class: a coin sends one of each to tuning, the other to held-out.
@@ -97,6 +101,6 @@ def ground_phrase(ground):
 
 def words():
     """Every word that a caption of the world may hold, with the tokens the base never sees."""
-    nouns = {noun for _, noun in KNOWN.values()}
+    nouns = {noun for _, noun in POOL.values()}
     small = "a an the and in on of with style ground".split()
-    return sorted({*KNOWN, *SUBJECTS, *STYLES, *KNOWN_STYLES, *nouns, *GROUNDS, *small, SUBJECT_TOKEN, "szn", "zwx", "qvk", "drawing", "picture"})
+    return sorted({*POOL, *SUBJECTS, *STYLES, *KNOWN_STYLES, *nouns, *GROUNDS, *small, SUBJECT_TOKEN, "szn", "zwx", "qvk", "drawing", "picture"})
