@@ -324,7 +324,7 @@ def test_step_counts(steps):
 # ---- schedulers
 
 def record(fusion):
-    "The step of each denoiser call, as the weights say: a layer's own factors are read back from what stands in it."
+    "The step of each denoiser call, as the fusion says."
     seen = []
     def look(module, args, kwargs): seen.append(fusion.step)
     fusion.denoiser.register_forward_pre_hook(look, with_kwargs=True)
@@ -898,7 +898,7 @@ def test_refuses_a_plan_that_does_not_fit():
         run(pipe, steps=4)
     with fuse(pipe, switch(loras, 4), loras, resample=True) as fusion:
         run(pipe, steps=6); assert fusion.plan.steps == 6
-    with fuse(pipe, lambda n: switch(loras, 4), loras) if False else fuse(pipe, lambda n: switch(loras, min(n, 50)), loras):
+    with fuse(pipe, lambda n: switch(loras, min(n, 50)), loras):
         with pytest.raises(FusionError, match="asked for a plan of 60 steps"): run(pipe, steps=60)
 
 
