@@ -167,10 +167,17 @@ def parts():
     return make_unet(), make_text(tokenizer), tokenizer
 
 
-def trained(checkpoint="final.pt"):
-    """The pipeline of the finished run, or of the running average of a run in progress ('last.pt')."""
+def shipped():
+    """Weights of the UNet and the text encoder that ship, as [unet, text] names them."""
+    pipe = StableDiffusionPipeline.from_pretrained(OUT / "pipeline", torch_dtype=torch.float32)
+    return torch.nn.ModuleList([pipe.unet, pipe.text_encoder]).state_dict()
+
+
+def trained():
+    """The pipeline of the finished run, or else the one that ships."""
     unet, text, tokenizer = parts()
-    torch.nn.ModuleList([unet, text]).load_state_dict(load(RUNS / STAGE / checkpoint)["average"])
+    finished = load(RUNS / STAGE / "final.pt")
+    torch.nn.ModuleList([unet, text]).load_state_dict(finished["average"] if finished else shipped())
     return assemble(vae.trained(), text.eval(), tokenizer, unet.eval())
 
 
@@ -187,19 +194,22 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("rank", type=int, nargs="?", default=0)
     parser.add_argument("workers", type=int, nargs="?", default=1, help="processes that train together, one core each")
+    parser.add_argument("--shipped", action="store_true", help="begin with the weights that ship, if there is no checkpoint")
     arguments = parser.parse_args()
     join(arguments.rank, arguments.workers)
-    learn(BATCH // arguments.workers)
+    learn(BATCH // arguments.workers, arguments.shipped)
     if arguments.rank == 0:
         pipe = trained()
         show(pipe, NOTES / "grids" / "base.png", list(world.KNOWN)[::2])
         export(pipe, OUT / "pipeline")
 
 
-def learn(batch):
-    """Train, `batch` pictures a step in this worker."""
+def learn(batch, onward):
+    """Train, `batch` pictures a step in this worker; `onward`: from the weights that ship."""
     autoencoder, scheduler = vae.trained(), make_scheduler()
     unet, text, tokenizer = parts()
+    if onward:
+        torch.nn.ModuleList([unet, text]).load_state_dict(shipped())
     latents, facts = first_alone(lambda: collect(autoencoder))
     unet.set_attn_processor(AttnProcessor())   # in bfloat16 three times as fast as the fused kernel's backward pass
     if rank() == 0:

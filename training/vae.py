@@ -5,7 +5,7 @@ from diffusers import AutoencoderKL
 
 import data
 import world
-from common import NOTES, RUNS, load, log, save, sheet, steps, train
+from common import NOTES, OUT, RUNS, load, log, save, sheet, steps, train
 
 STAGE, STEPS, BATCH = "vae", 3700, 16
 WEAK = .3   # variance, before whitening, below which a latent direction stays small
@@ -94,9 +94,9 @@ def whiten(model, names):
 
 
 def trained():
-    """The finished autoencoder of this run."""
-    model = make()
-    model.load_state_dict(load(RUNS / STAGE / "final.pt")["model"])
+    """The finished autoencoder of this run, or else the one that ships."""
+    finished, model = load(RUNS / STAGE / "final.pt"), make()
+    model.load_state_dict(finished["model"] if finished else AutoencoderKL.from_pretrained(OUT / "pipeline" / "vae").float().state_dict())
     return model.eval().requires_grad_(False)
 
 
