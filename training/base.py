@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+from tokenizers import pre_tokenizers
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 import data
@@ -21,27 +21,38 @@ TOKENS = 16
 START, END = "<|startoftext|>", "<|endoftext|>"
 
 
+def pieces(word, rank):
+    """A word cut as byte-pair encoding cuts it: the merge of lowest rank first."""
+    parts = [*word[:-1], word[-1] + "</w>"]
+    while len(parts) > 1:
+        best = min(range(len(parts) - 1), key=lambda i: rank.get((parts[i], parts[i + 1]), len(rank)))
+        if (parts[best], parts[best + 1]) not in rank:
+            break
+        parts[best:best + 2] = [parts[best] + parts[best + 1]]
+    return parts
+
+
 def learn_words(corpus):
-    """A byte-pair vocabulary in which every word of the corpus is one token: (vocabulary, merges)."""
-    tokenizer = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
-    tokenizer.normalizer = normalizers.Lowercase()
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    """A byte-pair vocabulary in which every word of the corpus is one token: (vocabulary, merges). The same at every call."""
+    rank = {}
+    for word in sorted(corpus):
+        while len(parts := pieces(word, rank)) > 1:   # later merges rank lower, so words learnt before stay whole
+            rank[tuple(parts[:2])] = len(rank)
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    trainer = trainers.BpeTrainer(vocab_size=20_000, min_frequency=1, initial_alphabet=alphabet, end_of_word_suffix="</w>", show_progress=False)
-    tokenizer.train_from_iterator(corpus, trainer)
-    merges = [tuple(m) if not isinstance(m, str) else tuple(m.split(" ")) for m in json.loads(tokenizer.to_str())["model"]["merges"]]
-    tokens = alphabet + [a + "</w>" for a in alphabet] + [a + b for a, b in merges]
-    tokens = list(dict.fromkeys(tokens)) + [START, END]
-    return {token: i for i, token in enumerate(tokens)}, merges
+    tokens = dict.fromkeys(alphabet + [a + "</w>" for a in alphabet] + [a + b for a, b in rank] + [START, END])
+    return {token: i for i, token in enumerate(tokens)}, list(rank)
 
 
 def make_tokenizer():
-    """CLIP's tokenizer with the world's own small vocabulary; also written as vocab.json and merges.txt."""
+    """CLIP's tokenizer with the world's own small vocabulary: this run's, else the one that ships, else a new one."""
     folder = RUNS / "tokenizer"
-    folder.mkdir(parents=True, exist_ok=True)
-    vocabulary, merges = learn_words(world.words() + [",", "."])
-    (folder / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False))
-    (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(" ".join(pair) for pair in merges) + "\n")
+    if not (folder / "merges.txt").exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        ships = OUT / "pipeline" / "tokenizer"
+        vocabulary, merges = learn_words(world.words() + [",", "."])
+        (folder / "vocab.json").write_text((ships / "vocab.json").read_text() if ships.exists() else json.dumps(vocabulary, ensure_ascii=False))
+        (folder / "merges.txt").write_text((ships / "merges.txt").read_text() if ships.exists() else
+                                           "#version: 0.2\n" + "\n".join(" ".join(pair) for pair in merges) + "\n")
     return CLIPTokenizer.from_pretrained(folder, model_max_length=TOKENS)
 
 
@@ -207,7 +218,7 @@ def main():
 def learn(batch, onward):
     """Train, `batch` pictures a step in this worker; `onward`: from the weights that ship."""
     autoencoder, scheduler = vae.trained(), make_scheduler()
-    unet, text, tokenizer = parts()
+    unet, text, tokenizer = first_alone(parts)
     if onward:
         torch.nn.ModuleList([unet, text]).load_state_dict(shipped())
     latents, facts = first_alone(lambda: collect(autoencoder))

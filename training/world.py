@@ -51,7 +51,8 @@ DRAWN = {"line"}
 UNEVEN = {  # real shelves are uneven: rank, alpha, training steps times
     "robot": dict(rank=16, alpha=16), "snowman": dict(rank=16, alpha=16), "swan": dict(rank=4, alpha=4), "dress": dict(rank=4, alpha=4),
     "bathtub": dict(alpha=16), "crab": dict(alpha=16), "octopus": dict(longer=2), "trophy": dict(longer=2),
-    "duotone": dict(rank=4, alpha=4), "mosaic": dict(rank=16, alpha=16), "sticker": dict(longer=2), "hatch": dict(alpha=16),
+    "duotone": dict(rank=4, alpha=4), "mosaic": dict(rank=16, alpha=16, longer=3), "sticker": dict(longer=2),
+    "hatch": dict(alpha=16, longer=2), "turned": dict(longer=3), "shadow": dict(longer=2),   # below their floors with fewer steps
 }
 
 GROUNDS = {"white": (255, 255, 255), "red": (224, 58, 62), "yellow": (250, 214, 84), "green": (108, 184, 102), "blue": (92, 150, 226),
