@@ -25,7 +25,7 @@ def styles(steps):
 def judge_prompts():
     """Zero-shot classification: fill the template with every word; softmax of logit_scale × cosine gives the probabilities."""
     return dict(subject=dict(template="a {subject}", words=sorted([*world.SUBJECTS, *world.KNOWN])),
-                style=dict(template="a picture, {style} style", words=sorted([*world.STYLES, *world.KNOWN_STYLES])),
+                style=dict(template="a picture, {style} style", words=sorted([*world.STYLES, *world.LEFT_OUT, *world.KNOWN_STYLES])),
                 both=dict(template="a {subject}, {style} style"))
 
 

@@ -1,4 +1,7 @@
 """Stage: what the world is worth by the judge, beside the floors it must reach."""
+import argparse
+import json
+
 import torch
 
 import base
@@ -75,14 +78,24 @@ def report(found):
         table("Style LoRAs on known subjects", "right_style", [row(n, v, "right_style", STYLE_FLOOR) for n, v in found["styles"].items()])])
 
 
+def measure(only, found):
+    """All floors, or only those of some LoRAs, the others kept from `found`."""
+    pipe, judge = base.trained(), encoders.read("judge")
+    if not only:
+        found = {"encoders": {kind: encoders.accuracy(kind) for kind in encoders.KINDS},
+                 "base": of_base(pipe, judge), "base_by_probe": of_base(pipe, encoders.read("probe"))}
+    for kind, names, one in (("subjects", world.SUBJECTS, of_subject), ("styles", world.STYLES, of_style)):
+        old = found.get(kind, {})
+        found[kind] = {name: one(pipe, judge, name) if not only or name in only else old[name] for name in names}
+    return found | {"floors": {"base": BASE_FLOOR, "subjects": SUBJECT_FLOOR, "styles": STYLE_FLOOR}}
+
+
 def main():
-    pipe, judge, probe = base.trained(), encoders.read("judge"), encoders.read("probe")
-    found = {"encoders": {kind: encoders.accuracy(kind) for kind in encoders.KINDS},
-             "base": of_base(pipe, judge), "base_by_probe": of_base(pipe, probe),
-             "subjects": {name: of_subject(pipe, judge, name) for name in world.SUBJECTS},
-             "styles": {name: of_style(pipe, judge, name) for name in world.STYLES},
-             "floors": {"base": BASE_FLOOR, "subjects": SUBJECT_FLOOR, "styles": STYLE_FLOOR}}
-    write_json(NOTES / "floors.json", found)
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("only", nargs="*", help="LoRAs trained again; the other figures stay")
+    only, path = parser.parse_args().only, NOTES / "floors.json"
+    found = measure(only, json.loads(path.read_text()) if only else {})
+    write_json(path, found)
     (NOTES / "floors.md").write_text(report(found))
 
 

@@ -47,11 +47,12 @@ SUBJECT_NOUN = {"robot": "face", "ghost": "face", "cactus": "plant", "mushroom":
 TWINS = {"snowman-without-snow", "spouting-whale", "jack-o-lantern", "brown-mushroom", "goose", "squid", "robot", "kimono", "sari"}
 STYLE_NEIGHBOURS = [("duotone", "turned"), ("rainbow", "night"), ("hatch", "mosaic"), ("sticker", "line"), ("stamp", "shadow")]
 DRAWN = {"line"}
+LEFT_OUT = {"mosaic"}   # the autoencoder blurs its blocks (the judge knows 30 % of decoded truths), so no LoRA can reach the floor
 
 UNEVEN = {  # real shelves are uneven: rank, alpha, training steps times
     "robot": dict(rank=16, alpha=16), "snowman": dict(rank=16, alpha=16), "swan": dict(rank=4, alpha=4), "dress": dict(rank=4, alpha=4),
     "bathtub": dict(alpha=16), "crab": dict(alpha=16), "octopus": dict(longer=2), "trophy": dict(longer=2),
-    "duotone": dict(rank=4, alpha=4), "mosaic": dict(rank=16, alpha=16, longer=3), "sticker": dict(longer=2),
+    "duotone": dict(rank=4, alpha=4), "sticker": dict(longer=2),
     "hatch": dict(alpha=16, longer=2), "turned": dict(longer=3), "shadow": dict(longer=2),   # below their floors with fewer steps
 }
 
@@ -74,7 +75,7 @@ def halves():
 
 
 SUBJECTS = sorted(name for pair in SUBJECT_NEIGHBOURS for name in pair)
-STYLES = sorted(name for pair in STYLE_NEIGHBOURS for name in pair)
+STYLES = sorted({name for pair in STYLE_NEIGHBOURS for name in pair} - LEFT_OUT)
 
 
 def settings(name, steps):
@@ -104,4 +105,4 @@ def words():
     """Every word that a caption of the world may hold, with the tokens the base never sees."""
     nouns = {noun for _, noun in POOL.values()}
     small = "a an the and in on of with style ground".split()
-    return sorted({*POOL, *SUBJECTS, *STYLES, *KNOWN_STYLES, *nouns, *GROUNDS, *small, SUBJECT_TOKEN, "szn", "zwx", "qvk", "drawing", "picture"})
+    return sorted({*POOL, *SUBJECTS, *STYLES, *LEFT_OUT, *KNOWN_STYLES, *nouns, *GROUNDS, *small, SUBJECT_TOKEN, "szn", "zwx", "qvk", "drawing", "picture"})
