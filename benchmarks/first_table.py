@@ -37,8 +37,8 @@ class Judge:
         folder = f"local-dir:{world.folder/world.world['judge']}"
         self.model, self.preprocess = open_clip.create_model_from_pretrained(folder, return_transform=True)
         words, tokenizer = world.world["judge_prompts"], open_clip.get_tokenizer(folder)
-        self.words = {kind: words[f"{kind}s"] for kind in ("subject", "style")}
-        self.text = {kind: self._text(tokenizer([words[kind].format(**{kind: word}) for word in self.words[kind]])) for kind in self.words}
+        self.words = {kind: words[kind]["words"] for kind in ("subject", "style")}
+        self.text = {kind: self._text(tokenizer([words[kind]["template"].format(**{kind: word}) for word in self.words[kind]])) for kind in self.words}
 
     @torch.no_grad()
     def _text(self, tokens): return torch.nn.functional.normalize(self.model.eval().encode_text(tokens), dim=-1)

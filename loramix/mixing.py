@@ -7,7 +7,7 @@ __all__ = ['log', 'RECIPE_SCHEMA', 'Picture', 'with_recipe', 'Settings', 'needs_
            'step_sigmas', 'explain', 'versions', 'make_recipe', 'read_recipe', 'mix', 'side_strengths',
            'check_settings', 'load', 'find_lora']
 
-# %% ../nbs/08_mixing.ipynb #e8a733d0
+# %% ../nbs/08_mixing.ipynb #8d84ad86
 import base64, html, inspect, json, logging, secrets, warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -28,10 +28,10 @@ from .probes import Discrepancy, base_fingerprint, discrepancy as measure_discre
 from .rules import RULES, est, rule_named
 from .scores import as_list, score, told_apart
 
-# %% ../nbs/08_mixing.ipynb #b2dcb93a
+# %% ../nbs/08_mixing.ipynb #9454c748
 log = logging.getLogger("loramix")
 
-# %% ../nbs/08_mixing.ipynb #ba2d9527
+# %% ../nbs/08_mixing.ipynb #e8114aa9
 class Picture(Image.Image):
     "A PIL image that writes its recipe (`info['loramix']`) into every PNG file it is saved to."
 
@@ -43,7 +43,7 @@ class Picture(Image.Image):
             params["pnginfo"].add_itxt("loramix", self.info["loramix"], zip=True)
         super().save(fp, format, **params)
 
-# %% ../nbs/08_mixing.ipynb #cf6d96a8
+# %% ../nbs/08_mixing.ipynb #53de69bb
 def with_recipe(
     image:Image.Image, # a PIL image
     recipe:dict # plain JSON values
@@ -53,7 +53,7 @@ def with_recipe(
     if type(image) is Image.Image: image.__class__ = Picture
     return image
 
-# %% ../nbs/08_mixing.ipynb #30e61d60
+# %% ../nbs/08_mixing.ipynb #9c9b3ba7
 @dataclass(frozen=True, eq=False)
 class Settings:
     "What `mix` was asked for."
@@ -69,14 +69,14 @@ class Settings:
     tolerance:float # smallest change of a weight that is carried out
     resample:bool # stretch a ready Plan to the run's steps
 
-# %% ../nbs/08_mixing.ipynb #32fd2e6b
+# %% ../nbs/08_mixing.ipynb #6a7ab786
 def needs_discrepancy(
     settings:Settings
 ) -> bool:
     "Whether the rule asks for a style discrepancy."
     return settings.rule in ("est", est)
 
-# %% ../nbs/08_mixing.ipynb #f36f50be
+# %% ../nbs/08_mixing.ipynb #dde5c509
 def make(
     scores, # `Scores` of the pair
     steps:int, # number of steps
@@ -92,7 +92,7 @@ def make(
     rule = settings.rule if callable(settings.rule) else rule_named(settings.rule)
     return rule(scores, steps, **options)
 
-# %% ../nbs/08_mixing.ipynb #5504e5a6
+# %% ../nbs/08_mixing.ipynb #79c1cadf
 class Mix:
     "Subject and style LoRAs at work together on a pipeline. Call it like the pipeline; `remove()` gives the pipeline back as it was."
 
@@ -248,12 +248,12 @@ class Mix:
         words = "; ".join(f"{lora.name}: {', '.join(lora.trigger_words)}" for lora in self.loras if lora.trigger_words)
         return f"Mix({pair}; {state}" + (f"; trigger words {words}" if words else "") + ")"
 
-# %% ../nbs/08_mixing.ipynb #09226794
+# %% ../nbs/08_mixing.ipynb #2861396a
 _UNPROBED = ("The style discrepancy of this pair is not known yet: it is measured with the first prompt, when the mix is called. "
              "Call mix(prompt), or give mix(…, prompt=…) to measure now, or mix(…, discrepancy=0.5) as a number.")
 _NOT_FOR_PROBES = {"generator", "num_images_per_prompt", "callback_on_step_end", "callback_on_step_end_tensor_inputs", "return_dict", "output_type", "latents"}
 
-# %% ../nbs/08_mixing.ipynb #00582255
+# %% ../nbs/08_mixing.ipynb #69183521
 def default_steps(
     pipe # a diffusers pipeline
 ) -> int:
@@ -261,7 +261,7 @@ def default_steps(
     parameter = inspect.signature(pipe.__call__).parameters.get("num_inference_steps")
     return parameter.default if parameter is not None and isinstance(parameter.default, int) else 50
 
-# %% ../nbs/08_mixing.ipynb #a1ddd479
+# %% ../nbs/08_mixing.ipynb #5e2e7be5
 def step_sigmas(
     scheduler, # a diffusers scheduler
     steps:int # number of steps
@@ -276,7 +276,7 @@ def step_sigmas(
     alpha = scheduler.alphas_cumprod[scheduler.timesteps[::order].long().cpu()].double()
     return ((1 - alpha)/alpha).sqrt().numpy()
 
-# %% ../nbs/08_mixing.ipynb #b9c5ee67
+# %% ../nbs/08_mixing.ipynb #b9073e71
 def explain(
     plan:Plan, # the plan of a run
     beta=None # a `Discrepancy`, a number or None
@@ -292,7 +292,7 @@ def explain(
     if subject[0] >= .5 and len(behind): lines.append(f"From step {behind[0] + 1} of {plan.steps} on, the style has the larger part.")
     return " ".join(lines + _movers(plan))
 
-# %% ../nbs/08_mixing.ipynb #98c1a1f6
+# %% ../nbs/08_mixing.ipynb #af8c04ca
 def _names(plan, role): return " and ".join(name for name, r in zip(plan.loras, plan.roles) if r == role)
 
 def _distance_words(beta):
@@ -306,7 +306,7 @@ def _movers(plan):
     changing = len(plan.layers) - always_subject - always_style
     return [f"{always_subject} layers stay with the subject from first to last, {always_style} with the style, {changing} change hands on the way."]
 
-# %% ../nbs/08_mixing.ipynb #34efcd12
+# %% ../nbs/08_mixing.ipynb #aef7cf42
 RECIPE_SCHEMA = 1
 
 @cache
@@ -317,7 +317,7 @@ def versions() -> dict: # package -> version
         except PackageNotFoundError: return None
     return {name: one(name) for name in ("loramix", "torch", "diffusers", "transformers", "peft")}
 
-# %% ../nbs/08_mixing.ipynb #89be132a
+# %% ../nbs/08_mixing.ipynb #0e73f447
 def make_recipe(
     mix:Mix, # the mix
     plan:dict # its plan as `plan_dict` writes it
@@ -332,7 +332,7 @@ def make_recipe(
                 rule=dict(name=_rule_name(settings.rule), options=_plain(settings.options), time=settings.time, text_encoder=settings.text_encoder, tolerance=settings.tolerance),
                 discrepancy=_discrepancy_facts(mix.discrepancy), plan=plan, call=_call_facts(mix.last))
 
-# %% ../nbs/08_mixing.ipynb #b3840a7e
+# %% ../nbs/08_mixing.ipynb #47706ccc
 def _plain(data):
     "The entries of a mapping that JSON can hold, arrays as lists."
     plain = {}
@@ -355,7 +355,7 @@ def _call_facts(last):
     missing = sorted({*last.get("missing", ()), *(last["arguments"].keys() - arguments.keys())})
     return dict(prompt=last["prompt"], seed=last["seed"], arguments=arguments, missing=missing)
 
-# %% ../nbs/08_mixing.ipynb #1c999ae1
+# %% ../nbs/08_mixing.ipynb #355e8544
 def read_recipe(
     source # a JSON file, a PNG that a mix drew, or a dictionary
 ) -> dict:
@@ -376,7 +376,7 @@ def _png_text(path):
     if text is None: raise ValueError("the picture carries no recipe")
     return text
 
-# %% ../nbs/08_mixing.ipynb #ae47f24b
+# %% ../nbs/08_mixing.ipynb #b0086d78
 def mix(
     pipe, # a diffusers pipeline with a UNet or a transformer; it is never moved to another device
     subject, # the subject LoRA: a file, a folder, a hub id, a state dict, a `LoRA`; or a list of these
@@ -408,7 +408,7 @@ def mix(
     if prompt is not None and needs_discrepancy(settings) and discrepancy is None: _probe_or_remove(made, prompt)
     return made
 
-# %% ../nbs/08_mixing.ipynb #d916ff1c
+# %% ../nbs/08_mixing.ipynb #e5b0b830
 def side_strengths(
     strengths, # (subject, style), or a number for each LoRA, or None
     roles # "subject" or "style" for each LoRA
@@ -417,7 +417,7 @@ def side_strengths(
     if strengths is not None and np.size(strengths) == 2 and len(roles) > 2: strengths = [strengths[role == "style"] for role in roles]
     return check_strengths(strengths, len(roles))
 
-# %% ../nbs/08_mixing.ipynb #ab04f644
+# %% ../nbs/08_mixing.ipynb #657c0498
 def check_settings(
     settings:Settings, # what was asked for
     discrepancy=None # the β that was given, if any
@@ -430,7 +430,7 @@ def check_settings(
         raise ValueError(f"A style discrepancy is a number of at least 0, mostly between 0 and 1; got {discrepancy!r}.")
     _check_options(settings.rule, settings.options)
 
-# %% ../nbs/08_mixing.ipynb #9e988fdc
+# %% ../nbs/08_mixing.ipynb #82644411
 def _check_options(rule, options):
     "Raise `TypeError` for a setting that the rule does not have."
     if isinstance(rule, Plan): allowed = {}
@@ -447,7 +447,7 @@ def _probe_or_remove(made, prompt):
         made.remove()
         raise
 
-# %% ../nbs/08_mixing.ipynb #731cdc03
+# %% ../nbs/08_mixing.ipynb #ebed13a0
 def load(
     pipe, # a diffusers pipeline
     recipe # a recipe file, a PNG that a mix drew, or a dictionary
@@ -465,7 +465,7 @@ def load(
     _compare(made, facts)
     return made
 
-# %% ../nbs/08_mixing.ipynb #564538cf
+# %% ../nbs/08_mixing.ipynb #07898979
 def find_lora(
     entry:dict, # a LoRA's entry in a recipe
     beside:Path|None # folder of the recipe file
@@ -479,7 +479,7 @@ def find_lora(
         raise ValueError(f"The recipe was made with another {entry['name']!r}: sha256 {entry['sha256'][:12]}…, but {lora.source} has {lora.sha256[:12]}…. Put the right file there or beside the recipe.")
     return replace(lora, name=entry["name"])
 
-# %% ../nbs/08_mixing.ipynb #a353cea6
+# %% ../nbs/08_mixing.ipynb #0db65c04
 def _stored_rule(facts):
     "The rule of a recipe (its name, or its plan where the rule was a function or a plan), its settings, and its discrepancy."
     rule, known = facts["rule"], facts["discrepancy"]
@@ -489,7 +489,7 @@ def _stored_rule(facts):
     plan = plan_from_dict(facts["plan"])
     return pick_loras(plan, [i for i, role in enumerate(plan.roles) if role != "always"]), common, None
 
-# %% ../nbs/08_mixing.ipynb #59037d48
+# %% ../nbs/08_mixing.ipynb #74658eb0
 def _compare(made, facts):
     "Warn of what differs between the recipe and the pipeline, and would change the pixels."
     stored = plan_from_dict(facts["plan"])

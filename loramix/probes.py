@@ -6,7 +6,7 @@
 __all__ = ['cosine_distance', 'Encoder', 'dino_encoder', 'open_clip_encoder', 'find_encoder', 'side_plan', 'draw_alone',
            'base_fingerprint', 'Discrepancy', 'discrepancy']
 
-# %% ../nbs/07_probes.ipynb #6964d012
+# %% ../nbs/07_probes.ipynb #329103dc
 import base64, hashlib, io, json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ from .fusion import fuse
 from .plan import make_plan
 from .scores import as_list, cache_folder, paired_layers, read_cache, told_apart, write_cache
 
-# %% ../nbs/07_probes.ipynb #c7fe78d2
+# %% ../nbs/07_probes.ipynb #977faf0b
 def cosine_distance(
     a:torch.Tensor, # embeddings [n, d]
     b:torch.Tensor # embeddings [n, d]
@@ -31,7 +31,7 @@ def cosine_distance(
     a, b = (torch.nn.functional.normalize(torch.as_tensor(x).double().flatten(1), dim=1) for x in (a, b))
     return (1 - (a*b).sum(1)).clamp(0, 2).tolist()
 
-# %% ../nbs/07_probes.ipynb #9debc0e0
+# %% ../nbs/07_probes.ipynb #ca6fe50b
 @dataclass(frozen=True, eq=False)
 class Encoder:
     "An image encoder with a name for people and a key for the cache."
@@ -39,13 +39,13 @@ class Encoder:
     embed:Callable # list of n PIL images -> tensor [n, d]
     key:str|None=None # tells its content; None: results are not kept on disk
 
-# %% ../nbs/07_probes.ipynb #5a64b6a2
+# %% ../nbs/07_probes.ipynb #6e3bf2b5
 @torch.no_grad()
 def _embed(model, preprocess, images):
     "Embeddings [n, d] of PIL images under a model that lies on the CPU."
     return model(torch.stack([preprocess(image.convert("RGB")) for image in images])).float()
 
-# %% ../nbs/07_probes.ipynb #b309edc1
+# %% ../nbs/07_probes.ipynb #7c03ca43
 @lru_cache(maxsize=2)
 def dino_encoder() -> Encoder:
     "DINO ViT-S/16, CLS embedding; 256 resize, 224 centre crop, ImageNet mean and deviation (the paper's encoder). `RuntimeError` without its weights."
@@ -59,7 +59,7 @@ def dino_encoder() -> Encoder:
     preprocess = T.Compose([T.Resize(256), T.CenterCrop(224), T.ToTensor(), T.Normalize((.485, .456, .406), (.229, .224, .225))])
     return Encoder("DINO ViT-S/16", lambda images: _embed(model, preprocess, images), key=f"timm {name}")
 
-# %% ../nbs/07_probes.ipynb #e9ca7add
+# %% ../nbs/07_probes.ipynb #f5ea42a0
 @lru_cache(maxsize=4)
 def open_clip_encoder(
     name:str, # an open_clip model name, or "local-dir:FOLDER" with its config and safetensors weights
@@ -75,14 +75,14 @@ def open_clip_encoder(
     key = weights if pretrained is None else f"open_clip {name} {pretrained}"
     return Encoder(f"open_clip {Path(name).name if pretrained is None else name}", lambda images: _embed(model.eval().encode_image, preprocess, images), key)
 
-# %% ../nbs/07_probes.ipynb #65bfe957
+# %% ../nbs/07_probes.ipynb #920af6ac
 def _local_weights(folder):
     "The sha256 of the safetensors weights in an open_clip folder; `FileNotFoundError` where there are none."
     path = folder/"open_clip_model.safetensors"
     if not path.is_file(): raise FileNotFoundError(f"An encoder folder holds open_clip_config.json and open_clip_model.safetensors; {folder} has no such weights.")
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
-# %% ../nbs/07_probes.ipynb #520b86ad
+# %% ../nbs/07_probes.ipynb #c28d88fe
 def find_encoder(
     encoder, # an `Encoder`, a function of PIL images, "dino", "MODEL/WEIGHTS" of open_clip, "local-dir:FOLDER", or None for the default
     pipe=None # the pipeline, whose folder may bring an encoder of its own
@@ -97,7 +97,7 @@ def find_encoder(
     if not isinstance(encoder, str): raise TypeError(f"An encoder is a name, a function of PIL images or an Encoder; got {type(encoder).__name__}.")
     return open_clip_encoder(encoder) if encoder.startswith("local-dir:") else open_clip_encoder(*encoder.rsplit("/", 1))
 
-# %% ../nbs/07_probes.ipynb #53f842e4
+# %% ../nbs/07_probes.ipynb #c49e6fb6
 def side_plan(
     loras:list, # of LoRA: one side, that is the subjects or the styles
     role:str, # "subject" or "style"
@@ -108,7 +108,7 @@ def side_plan(
     present = np.array([[layer in lora.denoiser for lora in loras] for layer in layers], dtype=np.float64)
     return lambda steps: make_plan(np.broadcast_to(present, (steps, *present.shape)), layers, [lora.name for lora in loras], (role,)*len(loras), dict(name="alone"), strengths=strengths)
 
-# %% ../nbs/07_probes.ipynb #9dbd4cc8
+# %% ../nbs/07_probes.ipynb #ea543aca
 def draw_alone(
     pipe, # a diffusers pipeline; as before to the bit afterwards
     loras:list, # of LoRA: one side
@@ -129,7 +129,7 @@ def draw_alone(
             after()
     return pictures
 
-# %% ../nbs/07_probes.ipynb #4c80cd49
+# %% ../nbs/07_probes.ipynb #2d074399
 def base_fingerprint(
     pipe # a diffusers pipeline
 ) -> str: # hex digest
@@ -142,7 +142,7 @@ def base_fingerprint(
             digest.update(f"{name}.{key} {tuple(tensor.shape)} {tensor.dtype}".encode() + sample)
     return digest.hexdigest()
 
-# %% ../nbs/07_probes.ipynb #e16e8081
+# %% ../nbs/07_probes.ipynb #62e606b5
 def _probe_key(pipe, sides, prompt, seeds, strengths, encoder, kwargs):
     "The cache key of a probe, or None where something in it cannot be told by content."
     plain = {key: value for key, value in kwargs.items() if not isinstance(value, (int, float, str, bool, type(None)))}
@@ -152,7 +152,7 @@ def _probe_key(pipe, sides, prompt, seeds, strengths, encoder, kwargs):
                  encoder=encoder.key, scheduler=[type(pipe.scheduler).__name__, scheduler], kwargs=kwargs)
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
 
-# %% ../nbs/07_probes.ipynb #362a2aa4
+# %% ../nbs/07_probes.ipynb #7703a432
 @dataclass(frozen=True, eq=False)
 class Discrepancy:
     "The style discrepancy β of a pair, with the pictures that gave it."
@@ -179,7 +179,7 @@ class Discrepancy:
         from loramix.drawing import figure_png
         return figure_png(self.show())
 
-# %% ../nbs/07_probes.ipynb #adcbe5ce
+# %% ../nbs/07_probes.ipynb #12057d49
 def discrepancy(
     pipe, # a diffusers pipeline; as before to the bit afterwards
     subject, # the subject LoRA, or a list of them
@@ -206,7 +206,7 @@ def discrepancy(
     values = cosine_distance(*(encoder.embed([pair[i] for pair in pictures]) for i in (0, 1)))
     return Discrepancy(float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else 0., tuple(values), seeds, tuple(pictures), encoder.name, prompt)
 
-# %% ../nbs/07_probes.ipynb #81ab1e7e
+# %% ../nbs/07_probes.ipynb #e9bcd842
 def _draw_probes(pipe, sides, prompt, seeds, strengths, kwargs):
     "[(subject alone, style alone)] for each seed, with one progress bar instead of the pipeline's own."
     shown = dict(getattr(pipe, "_progress_bar_config", {}))
@@ -217,7 +217,7 @@ def _draw_probes(pipe, sides, prompt, seeds, strengths, kwargs):
         finally: pipe.set_progress_bar_config(**shown)
     return list(zip(*drawn))
 
-# %% ../nbs/07_probes.ipynb #6ccd827b
+# %% ../nbs/07_probes.ipynb #84ab6940
 def _known_pictures(key):
     "The probe pictures kept under a key, or None."
     kept = None if key is None else read_cache(cache_folder()/"probes"/f"{key}.json")

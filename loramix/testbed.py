@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['data_folder', 'Demo', 'known', 'demo']
 
-# %% ../nbs/09_testbed.ipynb #a52c23ac
+# %% ../nbs/09_testbed.ipynb #3575a831
 import json
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,12 +15,12 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-# %% ../nbs/09_testbed.ipynb #bb9d88e0
+# %% ../nbs/09_testbed.ipynb #b99f25d9
 def data_folder() -> Path:
     "The folder of the data that come with the package."
     return Path(str(files("loramix")))/"data"
 
-# %% ../nbs/09_testbed.ipynb #a55f88ae
+# %% ../nbs/09_testbed.ipynb #da78a1b3
 @dataclass(frozen=True, eq=False)
 class Demo:
     "The small world: pipeline, LoRA files, true pictures and the split into pairs for tuning and pairs held out."
@@ -67,7 +67,7 @@ class Demo:
 
     def __repr__(self): return f"Demo({len(self.subjects)} subjects × {len(self.styles)} styles: {', '.join(self.subjects)}; {', '.join(self.styles)})"
 
-# %% ../nbs/09_testbed.ipynb #a94d9364
+# %% ../nbs/09_testbed.ipynb #096d195f
 def known(
     name:str, # what was asked for
     names, # the names there are
@@ -77,7 +77,7 @@ def known(
     if name not in names: raise ValueError(f"The small world has no {kind} {name!r}; it has {', '.join(names)}.")
     return name
 
-# %% ../nbs/09_testbed.ipynb #7d237e14
+# %% ../nbs/09_testbed.ipynb #a356a301
 def demo(
     *,
     dtype:torch.dtype=torch.float32, # precision of the pipeline's weights; they are stored as float16
@@ -87,5 +87,5 @@ def demo(
     from diffusers import StableDiffusionPipeline
     folder = data_folder()
     world = json.loads((folder/"world.json").read_text(encoding="utf-8"))
-    pipe = StableDiffusionPipeline.from_pretrained(folder/world["pipeline"], torch_dtype=dtype, safety_checker=None, use_safetensors=True, local_files_only=True)
+    pipe = StableDiffusionPipeline.from_pretrained(folder/world["pipeline"], dtype=dtype, safety_checker=None, use_safetensors=True, local_files_only=True)
     return Demo(pipe.to(device), world, folder)
