@@ -7,11 +7,11 @@ __all__ = ['add_rule_arguments', 'rule_options', 'say', 'folder_for', 'write_fig
            'load_base', 'run_mix', 'demo_pictures', 'run_demo', 'make_parser', 'add_demo', 'add_inspect',
            'add_pair_arguments', 'add_plan', 'add_mix', 'main']
 
-# %% ../nbs/13_cli.ipynb #34dd142f
+# %% ../nbs/13_cli.ipynb #afe0976b
 import argparse, sys
 from pathlib import Path
 
-# %% ../nbs/13_cli.ipynb #85113bd0
+# %% ../nbs/13_cli.ipynb #fa1fa3b6
 def add_rule_arguments(
     parser # an argparse parser; changed in place
 ) -> None:
@@ -27,7 +27,7 @@ def add_rule_arguments(
     add("--every", type=int, help="steps of a turn of the rule switch (5)")
     add("--strengths", type=float, nargs=2, metavar=("SUBJECT", "STYLE"), help="factors on the two LoRAs (1 1)")
 
-# %% ../nbs/13_cli.ipynb #2ea97350
+# %% ../nbs/13_cli.ipynb #089cb037
 def rule_options(
     args # parsed arguments
 ) -> dict: # the rule's own settings that were given
@@ -35,7 +35,7 @@ def rule_options(
     given = {key: getattr(args, key) for key in ("alpha", "beta", "pattern", "balance", "temperature", "every")}
     return {key: value for key, value in given.items() if value is not None}
 
-# %% ../nbs/13_cli.ipynb #afd62f7e
+# %% ../nbs/13_cli.ipynb #b5b20d86
 def say(*words, **kwargs): print(*words, flush=True, **kwargs)
 
 def folder_for(
@@ -52,7 +52,7 @@ def write_figure(fig, path):
     Path(path).write_bytes(figure_png(fig))
     say(f"  wrote {path}")
 
-# %% ../nbs/13_cli.ipynb #eceb1d3d
+# %% ../nbs/13_cli.ipynb #b1045c35
 def inspect_file(
     path # a LoRA file, folder or hub id
 ) -> dict: # plain JSON values
@@ -64,7 +64,7 @@ def inspect_file(
                 ranks=sorted({u.rank for u in updates}), scales=sorted({round(u.scale, 6) for u in updates}), energy=sum(u.energy() for u in updates), trigger_words=list(lora.trigger_words),
                 unused=[dict(key=u.key, reason=u.reason) for u in lora.report.unused], notes=list(lora.report.notes))
 
-# %% ../nbs/13_cli.ipynb #4a7d35c8
+# %% ../nbs/13_cli.ipynb #6590e48f
 def run_inspect(args):
     "loramix inspect"
     for path in args.files:
@@ -80,7 +80,7 @@ def run_inspect(args):
         for entry in facts["unused"]: say(f"  not used: {entry['key']}: {entry['reason']}")
     return 0
 
-# %% ../nbs/13_cli.ipynb #a9c45e95
+# %% ../nbs/13_cli.ipynb #035d2b36
 def run_plan(args):
     "loramix plan"
     from loramix.mixing import explain
@@ -97,7 +97,7 @@ def run_plan(args):
         write_figure(plan.show(), Path(args.out).with_suffix(".png"))
     return 0
 
-# %% ../nbs/13_cli.ipynb #c3d276f3
+# %% ../nbs/13_cli.ipynb #a57a26a4
 def load_base(
     base:str, # a folder in diffusers' layout, or a hub id
     dtype:str|None=None, # "float16", "bfloat16" or "float32"; None: float16 on a GPU, else float32
@@ -111,7 +111,7 @@ def load_base(
     if Path(base).is_file(): raise ValueError(f"A base model is a folder in diffusers' layout or a hub id; {base} is a single file. Convert it once with diffusers: PIPELINE.from_single_file(…).save_pretrained(FOLDER).")
     return DiffusionPipeline.from_pretrained(base, dtype=dtype, use_safetensors=True).to(device)
 
-# %% ../nbs/13_cli.ipynb #b37324af
+# %% ../nbs/13_cli.ipynb #18bb4c25
 def run_mix(args):
     "loramix mix"
     import loramix
@@ -128,7 +128,7 @@ def run_mix(args):
     say(made.explain())
     return 0
 
-# %% ../nbs/13_cli.ipynb #9fb24df7
+# %% ../nbs/13_cli.ipynb #f225306c
 def demo_pictures(
     world, # `loramix.demo()`
     subject:str, # name of a subject
@@ -145,7 +145,7 @@ def demo_pictures(
     alone = dict(zip((f"subject LoRA alone: {subject}", f"style LoRA alone: {style}"), beta.pictures[0]))
     return est, {**alone, "plain sum of the two": plain_sum, "EST-LoRA by loramix": est(prompt, seed=seed, **world.run), "the true picture": world.truth(subject, style)}
 
-# %% ../nbs/13_cli.ipynb #5e7c0549
+# %% ../nbs/13_cli.ipynb #e4c42215
 def run_demo(args):
     "loramix demo"
     import loramix
@@ -167,7 +167,7 @@ def run_demo(args):
     say("", made.explain(), sep="\n")
     return 0
 
-# %% ../nbs/13_cli.ipynb #fc3dbf26
+# %% ../nbs/13_cli.ipynb #cedfd2a1
 def make_parser() -> argparse.ArgumentParser:
     "The parser of the `loramix` command."
     from loramix import __version__
@@ -178,7 +178,7 @@ def make_parser() -> argparse.ArgumentParser:
     for add in (add_demo, add_mix, add_plan, add_inspect): add(commands)
     return parser
 
-# %% ../nbs/13_cli.ipynb #ff86f91e
+# %% ../nbs/13_cli.ipynb #f792f271
 def add_demo(commands):
     "The parser of `loramix demo`."
     p = commands.add_parser("demo", help="mix a pair of the small world that comes with loramix; no network, no GPU, under a minute")
@@ -195,7 +195,7 @@ def add_inspect(commands):
     p.add_argument("--json", action="store_true", help="one JSON object a line")
     p.set_defaults(run=run_inspect)
 
-# %% ../nbs/13_cli.ipynb #e7f3704c
+# %% ../nbs/13_cli.ipynb #9a58e811
 def add_pair_arguments(p):
     "Subject and style files; each may be given several times."
     p.add_argument("--subject", required=True, action="append", metavar="LORA", help="subject LoRA: file, folder or hub id; may be repeated")
@@ -210,7 +210,7 @@ def add_plan(commands):
     add_rule_arguments(p)
     p.set_defaults(run=run_plan)
 
-# %% ../nbs/13_cli.ipynb #76efdea9
+# %% ../nbs/13_cli.ipynb #975f0a3f
 def add_mix(commands):
     "The parser of `loramix mix`."
     p = commands.add_parser("mix", help="draw one picture with a base model and two LoRAs")
@@ -228,7 +228,7 @@ def add_mix(commands):
     add_rule_arguments(p)
     p.set_defaults(run=run_mix)
 
-# %% ../nbs/13_cli.ipynb #290c288c
+# %% ../nbs/13_cli.ipynb #33675f4e
 def main(
     argv=None # words of the command line; None: the program's own
 ) -> int: # exit status: 0, or 2 where something given was wrong
@@ -240,5 +240,5 @@ def main(
         print(f"loramix: {str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__}", file=sys.stderr)
         return 2
 
-# %% ../nbs/13_cli.ipynb #b6ccf655
+# %% ../nbs/13_cli.ipynb #6e43fc28
 if __name__ == "__main__" and "__file__" in globals(): sys.exit(main())

@@ -6,7 +6,7 @@
 __all__ = ['SCHEMA', 'index_progress', 'check_steps', 'noise_progress', 'ramp', 'Plan', 'make_plan', 'check_strengths',
            'describe', 'resample', 'plan_dict', 'plan_from_dict', 'add_always', 'pick_loras']
 
-# %% ../nbs/04_plan.ipynb #81a97f58
+# %% ../nbs/04_plan.ipynb #43d0131d
 import json
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -14,7 +14,7 @@ from functools import cached_property
 import numpy as np
 import torch
 
-# %% ../nbs/04_plan.ipynb #a6864e8d
+# %% ../nbs/04_plan.ipynb #74eeb501
 def index_progress(
     steps:int # number of steps N, at least 1
 ) -> tuple: # N numbers from 0 to 1
@@ -22,7 +22,7 @@ def index_progress(
     check_steps(steps)
     return tuple(i / (steps - 1) for i in range(steps)) if steps > 1 else (0.,)
 
-# %% ../nbs/04_plan.ipynb #6004ecd1
+# %% ../nbs/04_plan.ipynb #b2d198be
 def check_steps(
     steps # what was given as the number of steps
 ) -> None:
@@ -30,7 +30,7 @@ def check_steps(
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
         raise ValueError(f"A plan needs a whole number of steps, at least 1; got {steps!r}. Give steps=20, say.")
 
-# %% ../nbs/04_plan.ipynb #31d00712
+# %% ../nbs/04_plan.ipynb #462f7e9f
 def noise_progress(
     sigmas # noise level of each step, falling, [N] (a trailing 0 for the end of the run may be left out or be there; it is not a step)
 ) -> tuple: # N numbers from 0 up to 1
@@ -40,7 +40,7 @@ def noise_progress(
         raise ValueError(f"Progress by noise level needs finite noise levels with a maximum above 0; got {sigmas.tolist()}.")
     return tuple((1 - sigmas/sigmas.max()).tolist())
 
-# %% ../nbs/04_plan.ipynb #3916d445
+# %% ../nbs/04_plan.ipynb #6816fcbb
 def ramp(
     progress, # p of each step, [N], between 0 and 1
     alpha:float=1.5, # slope α, above 0
@@ -54,7 +54,7 @@ def ramp(
     line = alpha*np.asarray(progress, dtype=np.float64) + beta
     return line if pattern == "s" else line % alpha
 
-# %% ../nbs/04_plan.ipynb #32a3a521
+# %% ../nbs/04_plan.ipynb #9e7918e0
 @dataclass(frozen=True, eq=False)
 class Plan:
     "Which LoRA acts in which layer at which step: `choice[step, layer, lora]`, and the names and settings that belong to it."
@@ -113,7 +113,7 @@ class Plan:
 
     def __repr__(self): return f"Plan({describe(self)}; {self.steps} steps × {len(self.layers)} layers × {len(self.loras)} LoRAs)"
 
-# %% ../nbs/04_plan.ipynb #b1fbcb9c
+# %% ../nbs/04_plan.ipynb #17badd93
 def _check_plan(plan):
     "Raise `ValueError` where numbers and names do not fit."
     shape = (len(plan.progress), len(plan.layers), len(plan.loras))
@@ -129,7 +129,7 @@ def _check_plan(plan):
     bad = set(plan.roles) - {"subject", "style", "always"}
     if bad: raise ValueError(f'A LoRA\'s role in a plan is "subject", "style" or "always"; got {sorted(bad)}.')
 
-# %% ../nbs/04_plan.ipynb #02f3e4bf
+# %% ../nbs/04_plan.ipynb #d4492541
 def make_plan(
     choice, # [steps, layers, loras]: the rule's decision
     layers, # layer names
@@ -141,12 +141,12 @@ def make_plan(
     progress=None # p of each step; None: by position
 ) -> Plan:
     "A `Plan` from a choice and the names it belongs to. `ValueError` where lengths do not match or a strength is no finite number."
-    choice = torch.from_numpy(np.array(choice, dtype=np.float32))
+    choice = choice.float().clone() if torch.is_tensor(choice) else torch.from_numpy(np.array(choice, dtype=np.float32))
     strengths = check_strengths(strengths, len(loras))
     progress = index_progress(choice.shape[0]) if progress is None else tuple(float(p) for p in progress)
     return Plan(choice, tuple(layers), tuple(loras), tuple(roles), strengths, progress, rule)
 
-# %% ../nbs/04_plan.ipynb #1c0030d4
+# %% ../nbs/04_plan.ipynb #6c6a1743
 def check_strengths(
     strengths, # a number for each LoRA, or None
     count:int # how many LoRAs there are
@@ -158,7 +158,7 @@ def check_strengths(
     if not np.isfinite(strengths).all(): raise ValueError(f"strengths must be finite numbers; got {list(strengths)}.")
     return strengths
 
-# %% ../nbs/04_plan.ipynb #2424eeae
+# %% ../nbs/04_plan.ipynb #c415ab57
 def describe(
     plan:Plan
 ) -> str: # such as "est: alpha=1.5, discrepancy=0.31"
@@ -167,7 +167,7 @@ def describe(
     settings = [f"{key}={show(value)}" for key, value in plan.rule.items() if key != "name" and value is not None]
     return plan.rule.get("name", "plan") + (": " if settings else "") + ", ".join(settings)
 
-# %% ../nbs/04_plan.ipynb #53ab48db
+# %% ../nbs/04_plan.ipynb #700f9ea2
 def resample(
     plan:Plan, # the plan to stretch or shrink
     steps:int # the new number of steps
@@ -179,7 +179,7 @@ def resample(
     pick = lambda table: None if table is None else table[rows].clone()
     return replace(plan, choice=pick(plan.choice), unconditional_choice=pick(plan.unconditional_choice), progress=progress)
 
-# %% ../nbs/04_plan.ipynb #8c55f304
+# %% ../nbs/04_plan.ipynb #f12aad49
 def _runs(table):
     "Each layer's changes: [[from_step, weight, …], …] for each layer of a [steps, layers, loras] table."
     table = table.numpy()
@@ -193,7 +193,7 @@ def _short(x):
     value = float(str(x))
     return int(value) if value.is_integer() and abs(value) < 1e6 else value
 
-# %% ../nbs/04_plan.ipynb #45d8c314
+# %% ../nbs/04_plan.ipynb #aeaeb5f9
 def _table(runs, shape):
     "The [steps, layers, loras] table that `_runs` wrote. `ValueError` where the changes do not fit the shape."
     steps, layers, loras = shape
@@ -206,7 +206,7 @@ def _table(runs, shape):
         for start, *row in changes: table[start:, layer] = row
     return torch.from_numpy(table)
 
-# %% ../nbs/04_plan.ipynb #e1f0dded
+# %% ../nbs/04_plan.ipynb #7b427d77
 SCHEMA = 1
 
 def plan_dict(
@@ -217,7 +217,7 @@ def plan_dict(
                 progress=list(plan.progress), layers=dict(zip(plan.layers, _runs(plan.choice))),
                 unconditional=None if plan.unconditional_choice is None else dict(zip(plan.layers, _runs(plan.unconditional_choice))))
 
-# %% ../nbs/04_plan.ipynb #63092807
+# %% ../nbs/04_plan.ipynb #876a0620
 def plan_from_dict(
     data:dict # what `plan_dict` gave
 ) -> Plan:
@@ -231,14 +231,14 @@ def plan_from_dict(
     return Plan(_table(list(data["layers"].values()), shape), tuple(data["layers"]), tuple(data["loras"]), tuple(data["roles"]), tuple(data["strengths"]),
                 tuple(data["progress"]), data["rule"], None if other is None else _table(list(other.values()), shape))
 
-# %% ../nbs/04_plan.ipynb #efb94801
+# %% ../nbs/04_plan.ipynb #4224e6e1
 def _plan_from_json(text):
     "The plan of a JSON text."
     try: data = json.loads(text)
     except json.JSONDecodeError as error: raise ValueError(f"A plan is JSON text; this is not: {error}.") from None
     return plan_from_dict(data)
 
-# %% ../nbs/04_plan.ipynb #65dc85fa
+# %% ../nbs/04_plan.ipynb #a3f3bf7a
 def add_always(
     plan:Plan, # the plan of the pair
     name:str, # name of the LoRA to add
@@ -253,7 +253,7 @@ def add_always(
     return replace(plan, choice=grow(plan.choice), unconditional_choice=grow(plan.unconditional_choice), layers=names, loras=plan.loras + (name,),
                    roles=plan.roles + ("always",), strengths=plan.strengths + (strength,))
 
-# %% ../nbs/04_plan.ipynb #8b70e39e
+# %% ../nbs/04_plan.ipynb #44bbd556
 def pick_loras(
     plan:Plan, # a plan of several LoRAs
     columns # which of them to keep

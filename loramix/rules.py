@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['RULES', 'est', 'klora', 'topk', 'direct', 'switch', 'rule_named']
 
-# %% ../nbs/05_rules.ipynb #23be90e6
+# %% ../nbs/05_rules.ipynb #baee42b2
 import numpy as np
 
 from .plan import Plan, check_steps, index_progress, make_plan, ramp
 from .scores import Scores, balance as balance_of
 
-# %% ../nbs/05_rules.ipynb #ff53f398
+# %% ../nbs/05_rules.ipynb #a97d3aea
 def _unpaired(choice, scores, unpaired):
     "Settle the layers that only one side holds: [steps, layers, loras], changed in place."
     if unpaired not in ("keep", "drop"): raise ValueError(f'unpaired is "keep" or "drop"; got {unpaired!r}.')
@@ -20,14 +20,14 @@ def _unpaired(choice, scores, unpaired):
     choice[:, alone] = scores.present[alone] if unpaired == "keep" else 0.
     return choice
 
-# %% ../nbs/05_rules.ipynb #a9204e9a
+# %% ../nbs/05_rules.ipynb #981c4e12
 def _sides(table, scores, gamma):
     "The best balanced subject and the best style of each layer: their scores and their columns, each [layers]."
     subjects, styles = scores.columns("subject"), scores.columns("style")
     c, s = table[:, subjects]/gamma, table[:, styles]
     return c.max(1), np.array(subjects)[c.argmax(1)], s.max(1), np.array(styles)[s.argmax(1)]
 
-# %% ../nbs/05_rules.ipynb #767d14f9
+# %% ../nbs/05_rules.ipynb #9a6d8ad2
 def _place(share, subject, style, loras):
     "A [steps, layers, loras] choice from the (subject, style) weights [2, steps, layers] and the columns of the two."
     choice = np.zeros((*share.shape[1:], loras))
@@ -36,7 +36,7 @@ def _place(share, subject, style, loras):
     choice[rows, layers, style] = share[1]
     return choice
 
-# %% ../nbs/05_rules.ipynb #12ad776a
+# %% ../nbs/05_rules.ipynb #abe62ab3
 def _contest(
     subject, # the subject's side of the rule, [layers] or [steps, layers]
     style, # the style's side, times the ramp, [steps, layers]
@@ -45,23 +45,23 @@ def _contest(
     "(subject, style) weights [2, steps, layers]: one-hot (a tie goes to the style), or soft with the winner at 1."
     subject, style = np.broadcast_arrays(subject, style)
     if temperature == 0: return np.stack([subject > style, subject <= style]).astype(np.float64)
-    with np.errstate(divide="ignore"): d = np.log(subject) - np.log(style)      # both 0: a tie, for the style
+    with np.errstate(divide="ignore", invalid="ignore"): d = np.log(subject) - np.log(style)      # both 0: a tie, for the style
     d = np.nan_to_num(d, nan=-np.inf, posinf=np.inf, neginf=-np.inf)/temperature
     return np.stack([np.exp(np.minimum(d, 0)), np.exp(np.minimum(-d, 0))])
 
-# %% ../nbs/05_rules.ipynb #a2a05829
+# %% ../nbs/05_rules.ipynb #4f347c85
 def _check_temperature(temperature):
     "Raise `ValueError` unless the temperature is a number of at least 0."
     if not (np.isfinite(temperature) and temperature >= 0):
         raise ValueError(f"temperature is 0 for a one-hot choice or a number above 0 for a soft one; got {temperature!r}.")
 
-# %% ../nbs/05_rules.ipynb #dd10bdf5
+# %% ../nbs/05_rules.ipynb #42230cf5
 def _official_progress(steps, layers):
     "The authors' continuous time, [steps, layers]: p of each layer call, the last one wrapped to 0."
     count = np.arange(1, steps*layers + 1).reshape(steps, layers)
     return (count % (steps*layers))/(steps*layers)
 
-# %% ../nbs/05_rules.ipynb #cd3cc1a9
+# %% ../nbs/05_rules.ipynb #8fecba70
 def _timed(scores, steps, parity, progress):
     "The scores a timed rule reads, the progress that goes into the ramp ([steps, 1], or [steps, layers] for parity) and the steps' own progress."
     check_steps(steps)
@@ -71,7 +71,7 @@ def _timed(scores, steps, parity, progress):
     if len(progress) != steps: raise ValueError(f"progress needs one number for each of the {steps} steps; got {len(progress)}.")
     return scores, np.array(progress)[:, None], progress
 
-# %% ../nbs/05_rules.ipynb #fc024b69
+# %% ../nbs/05_rules.ipynb #e1cd929e
 def est(
     scores:Scores, # what `loramix.score` gave for the files
     steps:int=50, # number of denoising steps
@@ -95,13 +95,13 @@ def est(
     rule = dict(name="est", discrepancy=float(discrepancy), alpha=float(alpha), pattern=pattern, temperature=float(temperature), gamma=gamma.tolist(), parity=parity)
     return _plan(share, subject, style, scores, rule, strengths, progress, unpaired)
 
-# %% ../nbs/05_rules.ipynb #def16f99
+# %% ../nbs/05_rules.ipynb #6b85834a
 def _plan(share, subject, style, scores, rule, strengths, progress, unpaired):
     "The plan of a contest."
     choice = _unpaired(_place(share, subject, style, len(scores.loras)), scores, unpaired)
     return make_plan(choice, scores.layers, scores.loras, scores.roles, rule, strengths=strengths, progress=progress)
 
-# %% ../nbs/05_rules.ipynb #cb1263be
+# %% ../nbs/05_rules.ipynb #131d4a27
 def klora(
     scores:Scores, # what `loramix.score` gave for the files
     steps:int=50, # number of denoising steps
@@ -124,7 +124,7 @@ def klora(
     rule = dict(name="klora", alpha=float(alpha), beta=float(beta), pattern=pattern, gamma=gamma.tolist(), parity=parity)
     return _plan(share, subject, style, scores, rule, strengths, progress, unpaired)
 
-# %% ../nbs/05_rules.ipynb #987888ff
+# %% ../nbs/05_rules.ipynb #1c03a7fe
 def topk(
     scores:Scores, # what `loramix.score` gave for the files
     steps:int=50, # number of denoising steps
@@ -140,7 +140,7 @@ def topk(
     share = _contest(c, np.broadcast_to(s, (steps, len(s))), 0)
     return _plan(share, subject, style, scores, dict(name="topk", gamma=gamma.tolist()), strengths, index_progress(steps), unpaired)
 
-# %% ../nbs/05_rules.ipynb #65e6b6fe
+# %% ../nbs/05_rules.ipynb #dd37e24e
 def direct(
     scores:Scores, # what `loramix.score` gave for the files; only the layers are read
     steps:int=50, # number of denoising steps
@@ -152,7 +152,7 @@ def direct(
     choice = np.broadcast_to(scores.present.astype(np.float64), (steps, *scores.present.shape))
     return make_plan(choice, scores.layers, scores.loras, scores.roles, dict(name="direct"), strengths=strengths)
 
-# %% ../nbs/05_rules.ipynb #7de095ca
+# %% ../nbs/05_rules.ipynb #eed5bab9
 def switch(
     scores:Scores, # what `loramix.score` gave for the files; only the layers are read
     steps:int=50, # number of denoising steps
@@ -167,7 +167,7 @@ def switch(
     choice = (turn[:, None, None] == np.arange(len(scores.loras)))*scores.present[None]
     return make_plan(choice, scores.layers, scores.loras, scores.roles, dict(name="switch", every=every), strengths=strengths)
 
-# %% ../nbs/05_rules.ipynb #4ec4ebad
+# %% ../nbs/05_rules.ipynb #ea1d77ef
 RULES = dict(est=est, klora=klora, topk=topk, direct=direct, switch=switch)
 
 def rule_named(
