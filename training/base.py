@@ -148,7 +148,7 @@ def assemble(autoencoder, text, tokenizer, unet):
 
 
 @torch.no_grad()
-def draw(pipe, prompts, seeds, steps=20, guidance=3., batch=32):
+def draw(pipe, prompts, seeds, steps=2 if SHORT else 20, guidance=3., batch=32):
     """Pictures [N, 3, 64, 64] in 0 … 1, one per prompt and seed."""
     pictures = []
     for first in range(0, len(prompts), batch):
