@@ -9,7 +9,6 @@ __all__ = ['log', 'RECIPE_SCHEMA', 'Picture', 'with_recipe', 'Settings', 'needs_
 
 # %% ../nbs/08_mixing.ipynb #8d84ad86
 import base64, html, inspect, json, logging, secrets, warnings
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -20,7 +19,6 @@ import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-import loramix
 from .fusion import fuse
 from .lora import read_lora
 from .plan import Plan, add_always, check_steps, check_strengths, describe, noise_progress, pick_loras, plan_dict, plan_from_dict
@@ -167,7 +165,8 @@ class Mix:
         output = self.pipe(prompt, **passed) if prompt is not None else self.pipe(**passed)
         self.last = dict(prompt=prompt, seed=seed, arguments=kwargs)
         if kwargs.get("output_type", "pil") != "pil" or kwargs.get("return_dict") is False: return output
-        images = [with_recipe(image, dict(self.recipe(), index=i)) for i, image in enumerate(output.images)]
+        recipe = self.recipe()
+        images = [with_recipe(image, dict(recipe, index=i)) for i, image in enumerate(output.images)]
         return images if len(images) > 1 else images[0]
 
     def _probe(self, prompt, kwargs):

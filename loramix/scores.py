@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .lora import LoRA, read_lora
+from .lora import read_lora
 
 # %% ../nbs/02_scores.ipynb #d23d4617
 def as_list(
