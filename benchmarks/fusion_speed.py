@@ -114,7 +114,8 @@ def memory(fusion, loras):
     own = {t.untyped_storage().data_ptr() for lora in loras for u in lora.layers.values() for t in (u.up, u.down)}
     factors = [t for site in sites for f in site.factors if f for t in f[:2] if t.untyped_storage().data_ptr() not in own]
     saved = [site.saved for site in sites if site.saved is not None]
-    scratch = max((len(chunk)*sites[chunk[0]].weight.numel()*4 for chunk in fusion.editor.chunks), default=0)
+    own_room = fusion.editor.scratch
+    scratch = max((len(chunk)*sites[chunk[0]].weight.numel()*4 for chunk in fusion.editor.chunks), default=0) if own_room is None else own_room.numel()*own_room.element_size()
     return nbytes(saved), nbytes(factors), nbytes([t for lora in loras for u in lora.layers.values() for t in (u.up, u.down)]), scratch
 
 
