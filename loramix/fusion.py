@@ -723,7 +723,8 @@ def fuse(
     text_encoder:str="both", # whose text encoder layers act: "both", "subject", "style", "none"
     backup:str="device", # where the edited layers' own weights are kept: "device" (beside them) or "cpu"
     resample:bool=False, # True: a fixed plan of another length than the run is resampled
-    tolerance:float=0. # a layer keeps its factors until the plan moves away from them by more than this; 0: every change is applied
+    tolerance:float=0., # a layer keeps its factors until the plan moves away from them by more than this; 0: every change is applied
+    kind:type=Fusion # what to make: `Fusion`, or a class of `loramix.samplers` that does more at each call
 ) -> Fusion: # attached; its `remove()` puts every weight back to the bit
     "Put a plan to work on a pipeline: before each denoiser call the weights become `W0 + Σ w[step, layer, i] ΔWᵢ`. `FusionError` where that is not possible; the pipeline is then unchanged."
     loras = _check_arguments(loras, backup, tolerance)
@@ -733,7 +734,7 @@ def fuse(
     names = dict.fromkeys(name for lora in loras for name in lora.denoiser)
     if not names: raise FusionError(f"None of the LoRAs {[lora.name for lora in loras]} has a layer of the denoiser, so there is nothing to mix.")
     sites, kept = find_sites(pipe, loras, names), "cpu" if _offload_hook(denoiser) else backup
-    fusion = Fusion(pipe, plan, loras, sites, backup=kept, resample=resample, tolerance=tolerance)
+    fusion = kind(pipe, plan, loras, sites, backup=kept, resample=resample, tolerance=tolerance)
     _report_unplanned(names, first)
     if first.unconditional is not None and component != "unet":
         raise FusionError(f"A plan with a table of its own for the unconditional half needs a UNet, which guidance calls once for both halves; {type(pipe).__name__} has a transformer. Use a plan without `unconditional`.")
