@@ -12,8 +12,9 @@ import pytest
 from PIL import Image
 
 from loramix import drawing
-from loramix.drawing import (BOTH, NEITHER, STYLE, SUBJECT, cell_colours, contact_sheet, crossing, energy_map, figure_png, lay_rows,
-                             layer_blocks, layer_order, layer_place, plan_map, repaint, rgb, shares, strip)
+from loramix.diagrams import crossing, energy_blocks, energy_map, overlap_map, probe_sheet, shares, spectra
+from loramix.drawing import (BOTH, NEITHER, STYLE, SUBJECT, cell_colours, contact_sheet, figure_png, lay_rows,
+                             layer_blocks, layer_order, layer_place, plan_map, repaint, rgb, strip)
 
 LORAS = ["dog", "watercolour"]
 
@@ -162,6 +163,7 @@ def test_repainting_changes_the_png_and_back():
 def test_nothing_is_registered_in_pyplot_and_settings_stay():
     code = """
 import sys, numpy as np
+from loramix.diagrams import *
 from loramix.drawing import *
 assert "matplotlib.pyplot" not in sys.modules and "torch" not in sys.modules
 import matplotlib
@@ -172,8 +174,8 @@ for i in range(10):
     figures += [plan_map(w, names, "ab"), shares(w, "ab"), energy_map(w[0], names, "ab", gamma=2), crossing(w[0, :, 0], w[:, 0, 0], np.arange(4)/3, names), strip([np.zeros((8, 8))])]
 assert len(figures) == 50 and all(figure_png(f)[:4] == b"\\x89PNG" for f in figures[:5])
 assert matplotlib.rcParams["text.color"] == "#ffffff" and matplotlib.rcParams["font.size"] == 3.
-assert all(t.get_color() == INK and t.get_fontsize() >= 8 for f in figures[:5] for t in f.texts)
-assert all(t.get_color() == INK and t.get_fontsize() >= 8 for f in figures[:5] for a in f.axes for t in [*a.get_xticklabels(), *a.get_yticklabels(), a.xaxis.label, a.yaxis.label] if t.get_text())
+assert all(t.get_color() == INK and t.get_fontsize() >= 8 for f in figures[:9] for t in f.texts)
+assert all(t.get_color() == INK and t.get_fontsize() >= 8 for f in figures[:9] for a in f.axes for t in [*a.get_xticklabels(), *a.get_yticklabels(), a.xaxis.label, a.yaxis.label] if t.get_text())
 import matplotlib.pyplot
 assert matplotlib.pyplot.get_fignums() == []
 """
@@ -203,7 +205,11 @@ def test_no_text_leaves_the_page():
     progress = np.arange(28)/27
     figures = [plan_map(one_hot(1, 80), names[:80], long, title="word "*60), plan_map(one_hot(28, 494), flux_names(), long, title="w"*200),
                energy_map(rng.random((560, 2)), names, long, gamma=1.5), shares(one_hot(1, 5), long), crossing(rng.random(560)*3, progress*1.5 + .2, progress, names),
-               crossing(rng.random(5), [.5], [0.], names[:5]), strip([np.zeros((64, 64))]*5, long + ["a", "b", "c"], title="t "*100),
+               crossing(rng.random(5), [.5], [0.], names[:5]), energy_blocks(rng.random((494, 2)), flux_names(), long, gamma=1.5), energy_blocks(rng.random((560, 2)), names, long, gamma=[1.5, 2.]),
+               overlap_map(rng.random((560, 64)), rng.random((560, 64)), names, chance=(.1, .1), title="t "*100), overlap_map(rng.random((494, 4)), rng.random((494, 4)), flux_names()),
+               spectra({name: rng.random(64) for name in long}, title="s "*90), spectra({f"layer {i}": rng.random(3 + i) for i in range(9)}),
+               probe_sheet([[np.zeros((64, 64, 3)), None]]*6, rng.random(6)*2, [*range(5), "a long name for a seed"]), probe_sheet([[np.zeros((1024, 1024))]*2], [.0]),
+               strip([np.zeros((64, 64))]*5, long + ["a", "b", "c"], title="t "*100),
                contact_sheet([[np.zeros((64, 64))]*3]*2, long, ["a b c d "*9]*3)]
     for fig in figures:
         width, height = fig.get_size_inches()*fig.dpi
@@ -253,6 +259,8 @@ def test_wrong_shapes_state_both():
                              (lambda: plan_map(weights, names, ["a"]), "[4, 8, 2]", "[any, 8, 1]"),
                              (lambda: shares(weights, ["a"]), "[4, 8, 2]", "[any, any, 1]"),
                              (lambda: energy_map(weights[0], names[:3], LORAS), "[8, 2]", "[3, 2]"),
+                             (lambda: energy_blocks(weights[0], names[:3], LORAS), "[8, 2]", "[3, 2]"),
+                             (lambda: overlap_map(weights[0], weights[0], names[:3]), "[8, 2]", "[3, any]"),
                              (lambda: crossing(np.ones(8), np.ones(4), np.ones(5)), "[5]", "[4]"),
                              (lambda: crossing(np.ones(8), np.ones(4), np.ones(4), names[:2]), "8 ratios", "2 names"),
                              (lambda: cell_colours(np.ones(3), np.ones(4)), "[3]", "[4]"),
@@ -262,6 +270,44 @@ def test_wrong_shapes_state_both():
     for call in (lambda: plan_map(np.zeros((0, 8, 2)), names, LORAS), lambda: plan_map(weights*np.nan, names, LORAS), lambda: crossing([np.nan], [1.], [0.]),
                  lambda: crossing([-1.], [1.], [0.]), lambda: strip([]), lambda: contact_sheet([]), lambda: plan_map(weights, names, LORAS, ["hero", "style"])):
         with pytest.raises(ValueError): call()
+
+
+def test_a_crossing_says_why_each_marked_layer_turns():
+    "The label of a layer names its step and the two numbers that decide; a dotted line leads there from the level."
+    names, progress = sdxl_names()[:80], np.arange(50)/49
+    ratios, ramp = np.linspace(.5, 3, 80), 1.5*progress + .6
+    fig = crossing(ratios, ramp, progress, names, marked=[names[20], 79, 0])
+    said = [text.get_text().split("\n")[1] for text in fig.axes[0].texts if "\n" in text.get_text()]
+    step = int(np.flatnonzero(ramp >= ratios[20])[0])
+    assert said[0].startswith(f"from step {step}: ratio {ratios[20]:.3g}") and float(said[0].split("S = ")[1]) >= float(said[0].split("ratio ")[1].split(" ")[0])
+    assert said[1] == "ratio 3: subject throughout" and said[2] == "ratio 0.5: style throughout"
+    drops = fig.axes[0].collections[2].get_segments()
+    assert len(drops) == 1 and np.allclose(drops[0][:, 0], step - .5) and np.isclose(drops[0][1, 1], ratios[20])
+    falls = crossing([1., 2.], [.5, 1.5, .5], [0, .5, 1], marked=[0, 1])
+    assert "ratio 1: turns at steps 1, 2" in falls.axes[0].texts[0].get_text()
+    assert "from step 1: ratio 1 > S = 0.5" in crossing([1.], [1.5, .5], [0, 1], marked=[0]).axes[0].texts[0].get_text()
+
+
+def test_blocks_add_up_to_the_whole():
+    from loramix.diagrams import block_sums
+    names, energy = flux_names(), np.random.default_rng(0).random((494, 2))
+    labels, counts, sums = block_sums(energy, names)
+    assert len(labels) == 57 and sum(counts) == 494 and np.allclose(sums.sum(0), energy.sum(0))
+    shuffled = np.random.default_rng(1).permutation(494)
+    assert np.allclose(block_sums(energy[shuffled], [names[i] for i in shuffled])[2], sums)
+
+
+def test_overlap_cells_follow_the_flow_of_data():
+    names = sdxl_names()
+    cosines = np.random.default_rng(0).random((560, 3))
+    cosines[5] = np.nan
+    fig = overlap_map(cosines, cosines, names)
+    drawn = np.concatenate([image.get_array() for image in fig.axes[1].images])
+    for row, layer in enumerate(layer_order(names)):
+        shared = cosines[layer, :, None]**2
+        wanted = rgb(drawing.PAPER) if layer == 5 else (1 - shared)*rgb(NEITHER) + shared*rgb(BOTH)
+        assert np.allclose(drawn[row], wanted)
+    assert "blank: in one file only" in texts(fig)
 
 
 def test_extreme_energies_and_ratios():
