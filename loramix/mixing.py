@@ -6,8 +6,8 @@ Docs: https://loramix.github.io/loramix/mixing.html.md"""
 
 # %% auto #0
 __all__ = ['log', 'RECIPE_SCHEMA', 'Picture', 'with_recipe', 'Settings', 'needs_discrepancy', 'make', 'Mix', 'watching',
-           'default_steps', 'step_sigmas', 'explain', 'versions', 'make_recipe', 'read_recipe', 'mix', 'side_strengths',
-           'check_settings', 'load', 'find_lora']
+           'check_watchable', 'default_steps', 'step_sigmas', 'explain', 'versions', 'make_recipe', 'read_recipe',
+           'mix', 'side_strengths', 'check_settings', 'load', 'find_lora']
 
 # %% ../nbs/08_mixing.ipynb #026955b1
 import base64, html, inspect, json, logging, secrets, warnings
@@ -28,6 +28,7 @@ from .plan import Plan, add_always, check_steps, check_strengths, describe, nois
 from .probes import Discrepancy, base_fingerprint, discrepancy as measure_discrepancy
 from .rules import RULES, est, rule_named
 from .scores import as_list, score, told_apart
+from .watching import Watch, follow, watched
 
 # %% ../nbs/08_mixing.ipynb #438487db
 log = logging.getLogger("loramix")
@@ -102,7 +103,7 @@ class Mix:
         self.always, self.always_strengths = told_apart([*scores.files, *always])[len(scores.files):], tuple(always_strengths)
         self.discrepancy = discrepancy      # a `Discrepancy`, a number, or None while it is still to be measured
         self.base = base_fingerprint(pipe)  # of the base model, with the LoRAs off
-        self.last, self.removed, self._noted = None, False, (None, None)
+        self.last, self.pictures, self.removed, self._noted = None, (), False, (None, None)
         self._attach()
 
     # What is at work
@@ -168,10 +169,11 @@ class Mix:
         self._probe(prompt, kwargs)
         if self.settings.time == "noise": self.fusion.ready.clear()                       # the noise levels belong to the schedule of each run
         output = self.pipe(prompt, **passed) if prompt is not None else self.pipe(**passed)
-        self.last = dict(prompt=prompt, seed=seed, arguments=kwargs)
+        self.last, self.pictures = dict(prompt=prompt, seed=seed, arguments=kwargs), ()
         if kwargs.get("output_type", "pil") != "pil" or kwargs.get("return_dict") is False: return output
         recipe = self.recipe()
         images = [with_recipe(image, dict(recipe, index=i)) for i, image in enumerate(output.images)]
+        self.pictures = tuple(images)
         return images if len(images) > 1 else images[0]
 
     def _probe(self, prompt, kwargs):
@@ -193,6 +195,20 @@ class Mix:
         finally: self._attach()
         log.info("Style discrepancy %.3f (%s).", self.discrepancy.value, self.discrepancy.encoder)
         return self.discrepancy
+
+    def watch(self,
+        prompt=None, # as in the call, for one picture
+        *,
+        seed:int|None=None, # as in the call
+        every:int=1, # keep each how-manieth step; the last one always
+        **kwargs # for the pipeline
+    ) -> Watch: # `.image` is the picture of the call, to the pixel; `.pictures` what its steps expected to end with
+        "Draw as the call does, and look at what the run believes on the way. `ValueError` for several pictures at once, or a pipeline or scheduler that cannot be watched."
+        check_watchable(prompt, kwargs)
+        self._check_attached()
+        self._probe(prompt, kwargs)                                                       # now, so that only the picture's own run is heard
+        with follow(self.pipe, every) as heard: image = self(prompt, seed=seed, **kwargs)
+        return watched(heard, image)
 
     def _warn_of_triggers(self, prompt):
         "Warn where a file names trigger words and the prompt has none of them."
@@ -218,7 +234,7 @@ class Mix:
         check_settings(settings, discrepancy)
         make(self.scores, 2, settings, .5, [1., .5])
         self.fusion.remove()
-        self.settings, self.last = settings, None
+        self.settings, self.last, self.pictures = settings, None, ()
         if discrepancy is not None: self.discrepancy = discrepancy
         self._attach()
 
@@ -274,6 +290,18 @@ class Mix:
         "What was chosen, in words."
         return explain(self.plan, self.discrepancy)
 
+    def report(self,
+        path=None, # where to write the HTML page; None: nowhere
+        *,
+        title:str|None=None, # of the page; None: the names of the LoRAs
+        folders:bool=False # True: paths of files with their folders
+    ): # a `Report`: shows itself in a notebook; `.html`, `.save(path)`
+        "One self-contained HTML page that explains this mix and its last picture in words and pictures. `RuntimeError` while the discrepancy is still to be measured."
+        from loramix.report import make_report
+        report = make_report(self, title=title, folders=folders)
+        if path is not None: report.save(path)
+        return report
+
     def __repr__(self):
         pair = " + ".join(f"{role} {name}" for role, name in zip(self.scores.roles, self.scores.loras))
         state = "removed" if self.removed else "waits for its first prompt" if self.waiting else describe(self.plan)
@@ -296,6 +324,16 @@ def watching(
 _UNPROBED = ("The style discrepancy of this pair is not known yet: it is measured with the first prompt, when the mix is called. "
              "Call mix(prompt), or give mix(…, prompt=…) to measure now, or mix(…, discrepancy=0.5) as a number.")
 _NOT_FOR_PROBES = {"generator", "num_images_per_prompt", "callback_on_step_end", "callback_on_step_end_tensor_inputs", "return_dict", "output_type", "latents"}
+
+# %% ../nbs/08_mixing.ipynb #f727d44b
+def check_watchable(
+    prompt, # the prompt of a call
+    kwargs:dict # its other arguments
+) -> None:
+    "Raise `ValueError` unless the call draws one PIL picture."
+    several = (not isinstance(prompt, str) and prompt is not None and len(prompt) > 1) or kwargs.get("num_images_per_prompt", 1) > 1
+    if several: raise ValueError("A run is watched for one picture; this call draws several. Watch them one by one, with one prompt and num_images_per_prompt=1.")
+    if kwargs.get("output_type", "pil") != "pil" or kwargs.get("return_dict") is False: raise ValueError('A watched run ends in a PIL picture: leave out output_type and return_dict.')
 
 # %% ../nbs/08_mixing.ipynb #7479bccd
 def default_steps(
