@@ -1,0 +1,116 @@
+"""A JupyterLab of its own and a Chromium that looks at it, for the browser test and the benchmark.
+
+    with lab(folder) as url, page(url) as tab: open_notebook(tab, url, "x.ipynb")
+
+JupyterLab listens on 127.0.0.1 only, on a free port and without a token, and keeps all its settings in the folder."""
+import contextlib, json, os, shutil, socket, subprocess, sys, time, urllib.request
+from pathlib import Path
+
+CHROMIUM = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None)
+
+
+def missing() -> str | None:
+    "What a browser test needs and does not find here; None where all is there."
+    import importlib.util
+    for package in ("playwright", "jupyterlab", "ipykernel"):
+        if importlib.util.find_spec(package) is None: return f"needs pip install {package}"
+    return None if CHROMIUM else "needs Chromium (apt-get install chromium)"
+
+
+@contextlib.contextmanager
+def lab(folder, theme="JupyterLab Light"):
+    "JupyterLab over a folder; yields its address."
+    folder = Path(folder)
+    settings = folder/".own"/"jupyterlab_settings_dir"/"@jupyterlab"/"apputils-extension"
+    settings.mkdir(parents=True, exist_ok=True)
+    (settings/"notification.jupyterlab-settings").write_text('{"fetchNews": "false", "checkForUpdates": false}')
+    (settings/"themes.jupyterlab-settings").write_text(json.dumps({"theme": theme}))
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    own = {name: str(folder/".own"/name.lower()) for name in ("JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR", "JUPYTERLAB_SETTINGS_DIR", "JUPYTERLAB_WORKSPACES_DIR", "IPYTHONDIR")}
+    command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", f"--port={port}", "--ServerApp.ip=127.0.0.1", "--IdentityProvider.token=", "--ServerApp.port_retries=0",
+               f"--ServerApp.root_dir={folder}", "--LabApp.expose_app_in_browser=True"]
+    paths = os.pathsep.join([str(Path(__file__).parent.parent), str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    with open(folder/"lab.log", "w") as log: server = subprocess.Popen(command, cwd=folder, env={**os.environ, **own, "PYTHONPATH": paths}, stdout=log, stderr=log)
+    url = f"http://127.0.0.1:{port}"
+    try:
+        _await(lambda: urllib.request.urlopen(f"{url}/api/status").status == 200, server, folder)
+        yield url
+    finally:
+        server.terminate()
+        server.wait(20)
+
+
+def _await(ready, server, folder, seconds=60):
+    "Until the server answers."
+    end = time.monotonic() + seconds
+    while True:
+        try:
+            if ready(): return
+        except OSError:
+            if server.poll() is not None or time.monotonic() > end: raise RuntimeError("JupyterLab did not start:\n" + (folder/"lab.log").read_text()[-2000:])
+            time.sleep(.1)
+
+
+@contextlib.contextmanager
+def page(width=1280, height=1500):
+    "A page of a headless Chromium."
+    from playwright.sync_api import sync_playwright
+    with sync_playwright() as p:
+        browser = p.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        try:
+            tab = browser.new_page(viewport=dict(width=width, height=height))
+            tab.set_default_timeout(30_000)
+            yield tab
+        finally: browser.close()
+
+
+def write_notebook(path, *cells) -> None:
+    "A notebook of code cells."
+    import nbformat
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
+    notebook.metadata.kernelspec = dict(name="python3", display_name="Python 3", language="python")
+    nbformat.write(notebook, path)
+
+
+READY = """async () => {
+    const session = window.jupyterapp.shell.currentWidget.sessionContext;
+    await session.ready;
+    await session.session.kernel.info;
+}"""
+
+
+def open_and_run(tab, url, name, seconds=120) -> None:
+    "Open a notebook, choose Run All Cells in the menu once the kernel is there, and wait until the last cell has been run."
+    tab.goto(f"{url}/lab/tree/{name}?reset")
+    tab.wait_for_selector('.jp-Notebook-ExecutionIndicator[data-status="idle"]')
+    tab.evaluate(READY)
+    tab.locator(".lm-MenuBar-itemLabel", has_text="Run").first.click()
+    tab.locator(".lm-Menu-itemLabel", has_text="Run All Cells").first.click()
+    tab.wait_for_function("() => [...document.querySelectorAll('.jp-CodeCell .jp-InputPrompt')].every(prompt => /[0-9]/.test(prompt.innerText))", timeout=1000*seconds)
+
+
+# Runs in the page: resolves with the milliseconds from a key on a slider to the new picture on the screen.
+TIME_OF_MOVE = """async ([slider, image, key]) => {
+    const handle = document.querySelector(slider), picture = document.querySelector(image);
+    handle.focus();
+    const before = picture.src, start = performance.now();
+    const done = new Promise((resolve, reject) => {
+        const limit = setTimeout(() => { watcher.disconnect(); reject(new Error('no new picture in 10 s')); }, 10000);
+        const watcher = new MutationObserver(async () => {
+            if (picture.src === before) return;
+            watcher.disconnect(); clearTimeout(limit);
+            await picture.decode();
+            requestAnimationFrame(() => requestAnimationFrame(() => resolve(performance.now() - start)));
+        });
+        watcher.observe(picture, {attributes: true, attributeFilter: ['src']});
+    });
+    handle.dispatchEvent(new KeyboardEvent('keydown', {key, code: key, keyCode: key === 'ArrowRight' ? 39 : 37, bubbles: true}));
+    return done;
+}"""
+
+
+def time_moves(tab, slider, image, count=50) -> list:
+    "Milliseconds from each of so many moves of a slider to the new picture on the screen; to and fro in runs of ten."
+    return [tab.evaluate(TIME_OF_MOVE, [slider, image, "ArrowLeft" if i // 10 % 2 else "ArrowRight"]) for i in range(count)]
