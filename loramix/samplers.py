@@ -10,7 +10,7 @@ __all__ = ['log', 'MEASURES', 'SAMPLERS', 'METHODS', 'Attached', 'constant_plan'
            'shared_sites', 'rank_grams', 'ssr_lora', 'ssr', 'record_calls', 'first_tensor', 'Zipped', 'overlap',
            'zip_mergers', 'zip_lora', 'ziplora', 'attach']
 
-# %% ../nbs/06a_samplers.ipynb #bb89102e
+# %% ../nbs/06a_samplers.ipynb #c43cb6b6
 import itertools, logging, secrets
 
 import torch
@@ -24,10 +24,10 @@ from .plan import Plan, make_plan
 from .rules import conditional_only as half_only
 from .scores import paired_layers
 
-# %% ../nbs/06a_samplers.ipynb #9eab5f6a
+# %% ../nbs/06a_samplers.ipynb #f04b01ad
 log = logging.getLogger("loramix")
 
-# %% ../nbs/06a_samplers.ipynb #7ee6d608
+# %% ../nbs/06a_samplers.ipynb #cb39d6dc
 class Attached:
     "A method at work on a pipeline. Call it like the pipeline; `remove()` gives the pipeline back as it was. Also a context manager."
     def __init__(self, fusion:Fusion, name:str, lora:LoRA|None=None): self.pipe, self.fusion, self.name, self.lora = fusion.pipe, fusion, name, lora
@@ -59,7 +59,7 @@ class Attached:
     def __exit__(self, *error): self.remove()
     def __repr__(self): return f"Attached({self.name}; {' + '.join(lora.name for lora in self.fusion.loras)}; {'at work' if self.fusion.handles else 'removed'})"
 
-# %% ../nbs/06a_samplers.ipynb #c59d77c9
+# %% ../nbs/06a_samplers.ipynb #b75dfb9c
 def constant_plan(
     of:Sides, # LoRAs, roles, strengths
     steps:int, # number of steps
@@ -83,7 +83,7 @@ def apply_lora(
     planner = lambda steps: half_only(constant_plan(of, steps)) if conditional_only else constant_plan(of, steps)
     return Attached(fuse(pipe, planner, of.loras), name or of.loras[0].name, of.loras[0])
 
-# %% ../nbs/06a_samplers.ipynb #ae1794e8
+# %% ../nbs/06a_samplers.ipynb #27cfb7e0
 def each_alone(
     table:Tensor # weights [steps, sites, loras]
 ) -> Tensor: # [steps·loras, sites, loras]: for each step a row for each LoRA, with the others at 0
@@ -100,7 +100,7 @@ def mean_output(
     if isinstance(first, dict): return type(first)(**{key: mean_output([o[key] for o in outputs]) for key in first})
     return type(first)(mean_output(parts) for parts in zip(*outputs))
 
-# %% ../nbs/06a_samplers.ipynb #aa6d2995
+# %% ../nbs/06a_samplers.ipynb #7670fe80
 class Composite(Fusion):
     "A fusion that calls the denoiser once for each LoRA alone and gives the mean of the outputs."
     call, turn = None, 0
@@ -137,7 +137,7 @@ class Composite(Fusion):
         finally: self.inside, self.turn = None, 0
         return outputs
 
-# %% ../nbs/06a_samplers.ipynb #2f135f43
+# %% ../nbs/06a_samplers.ipynb #8a58f0d2
 def composite(
     pipe, # a diffusers pipeline
     subject, # the subject LoRA, or a list
@@ -149,7 +149,7 @@ def composite(
     of = sides(subject, style, strengths)
     return Attached(fuse(pipe, lambda steps: constant_plan(of, steps), of.loras, kind=Composite), "composite")
 
-# %% ../nbs/06a_samplers.ipynb #c2d28223
+# %% ../nbs/06a_samplers.ipynb #34ac29e2
 def moved_kl(
     base:Tensor, # y, features last [..., f]
     moved:Tensor # y_i, same shape
@@ -167,7 +167,7 @@ def moved_dot(
 
 MEASURES = dict(kl=moved_kl, dot=moved_dot)
 
-# %% ../nbs/06a_samplers.ipynb #ab0dc3de
+# %% ../nbs/06a_samplers.ipynb #5c4ba7bb
 def layer_part(
     module:nn.Module, # a Linear or Conv layer
     x:Tensor, # its input
@@ -189,27 +189,28 @@ def read(
 
 def _conv(module): return F.conv1d if isinstance(module, nn.Conv1d) else F.conv2d
 
-# %% ../nbs/06a_samplers.ipynb #ed69bd50
+# %% ../nbs/06a_samplers.ipynb #13cc375a
 class Dynamic(Fusion):
     "A fusion that leaves the weights alone and lets, in each layer at each step, the LoRA act whose part moves the output more."
-    measure, taken = staticmethod(moved_dot), None
+    measure = staticmethod(moved_dot)
 
     def attach(self):
         "Hook into the denoiser and into each layer."
         super().attach()
-        for i, site in enumerate(self.editor.sites): self.handles.append(site.path[-1].register_forward_hook(torch.compiler.disable(self.choose(i, site))))
+        strengths = next(iter(self.ready.values())).plan.strengths
+        self.acting = [[n for n, (u, w) in enumerate(zip(site.updates, strengths)) if u is not None and w] for site in self.editor.sites]
+        self.taken = {}                                # (step, layer) -> place in `acting` of the LoRA that acted, still on the device: nothing waits for it
+        for i, site in enumerate(self.editor.sites): self.handles.append(site.path[-1].register_forward_hook(torch.compiler.disable(self.choose(i, site, strengths))))
 
-    def choose(self, i, site):
+    def choose(self, i, site, strengths):
         "The hook of one layer."
-        strengths, kept = self.rows_for(next(iter(self.ready))).plan.strengths, {}
-        acting = [(n, u, w) for n, (u, w) in enumerate(zip(site.updates, strengths)) if u is not None and w]
+        kept = {}
         def hook(module, args, output):
             key = output.device, output.dtype
-            if key not in kept: kept.clear(); kept[key] = [(w*u.scale*u.up.to(*key), u.down.to(*key)) for _, u, w in acting]
+            if key not in kept: kept.clear(); kept[key] = [((strengths[n]*u.scale*u.up).to(*key), u.down.to(*key)) for n, u in enumerate(site.updates) if n in self.acting[i]]
             parts = [layer_part(module, args[0], *pair) for pair in kept[key]]
             if not parts: return
-            winner = self.winner(module, output, parts)
-            self.taken[self.step, i] = torch.tensor([n for n, _, _ in acting], device=output.device)[winner]
+            self.taken[self.step, i] = winner = self.winner(module, output, parts)
             return output + torch.stack(parts).index_select(0, winner).squeeze(0)
         return hook
 
@@ -218,21 +219,21 @@ class Dynamic(Fusion):
         last = (lambda t: t) if isinstance(module, nn.Linear) else (lambda t: t.movedim(1, -1))
         return torch.stack([self.measure(last(output), last(output + part)) for part in parts]).argmax().view(1)
 
-    def use(self, steps):
-        "Make ready for a run of so many steps."
-        fresh = self.rows is not self.rows_for(steps)
-        super().use(steps)
-        if fresh: self.taken = torch.full((steps, len(self.editor.sites)), -1)
+    def before(self, module, args, kwargs):
+        "Before a call of the denoiser: find its step; a step before the last one begins a new run."
+        last = self.step
+        super().before(module, args, kwargs)
+        if last is not None and self.step < last: self.taken.clear()
 
     @property
     def plan(self) -> Plan|None:
         "What was chosen in the last run; None before the first. A step that was not run chooses nothing."
-        if self.taken is None: return None
-        choice = (self.taken[..., None].cpu() == torch.arange(len(self.loras))).float()
-        plan = self.rows.plan
-        return make_plan(choice, [site.name for site in self.editor.sites], plan.loras, plan.roles, dict(name="dynamic"), strengths=plan.strengths)
+        if not self.rows or not self.taken: return None
+        choice, made = torch.zeros(self.rows.plan.steps, len(self.editor.sites), len(self.loras)), self.rows.plan
+        for (step, i), winner in self.taken.items(): choice[step, i, self.acting[i][int(winner)]] = 1.
+        return make_plan(choice, [site.name for site in self.editor.sites], made.loras, made.roles, dict(name="dynamic"), strengths=made.strengths)
 
-# %% ../nbs/06a_samplers.ipynb #217bee8e
+# %% ../nbs/06a_samplers.ipynb #e0ed3886
 def dynamic(
     pipe, # a diffusers pipeline
     subject, # the subject LoRA, or a list
@@ -248,7 +249,7 @@ def dynamic(
     fusion.measure = MEASURES[measure]
     return Attached(fusion, f"dynamic {measure}")
 
-# %% ../nbs/06a_samplers.ipynb #132f26f1
+# %% ../nbs/06a_samplers.ipynb #41a28b05
 def _prompts(prompts, of):
     "A prompt for each LoRA. `ValueError` where the number does not fit."
     prompts = [prompts]*len(of.loras) if isinstance(prompts, str) else list(prompts)
@@ -269,7 +270,7 @@ def shared_sites(
     names = [layer for layer in paired_layers(of.loras) if sum(layer in lora.layers for lora in of.loras) > 1]
     return find_sites(pipe, of.loras, names)
 
-# %% ../nbs/06a_samplers.ipynb #d9bf68ed
+# %% ../nbs/06a_samplers.ipynb #1d503eab
 def rank_grams(
     pipe, # a diffusers pipeline
     subject, # the subject LoRA, or a list
@@ -306,7 +307,7 @@ def _run(pipe, prompt, seed, run):
     "One run of the pipeline to latents, which nobody looks at."
     return pipe(prompt, generator=torch.Generator("cpu").manual_seed(seed), **{**run, "output_type": "latent"})
 
-# %% ../nbs/06a_samplers.ipynb #fd07d62c
+# %% ../nbs/06a_samplers.ipynb #cfd50e1a
 def ssr_lora(
     pipe, # a diffusers pipeline; as before to the bit afterwards
     subject, # the subject LoRA, or a list
@@ -336,7 +337,7 @@ def ssr(
     "SSR-Merge at work: calibrate, merge, attach."
     return apply_lora(pipe, ssr_lora(pipe, subject, style, prompts=prompts, strengths=strengths, ridge=ridge, seed=seed, **run), conditional_only=conditional_only, name="ssr")
 
-# %% ../nbs/06a_samplers.ipynb #f9829998
+# %% ../nbs/06a_samplers.ipynb #1f468834
 def record_calls(
     pipe, # a diffusers pipeline with LoRAs attached, or none
     prompt:str, # the prompt
@@ -359,7 +360,7 @@ def first_tensor(
     "The prediction itself."
     return output if torch.is_tensor(output) else output[0]
 
-# %% ../nbs/06a_samplers.ipynb #ce606602
+# %% ../nbs/06a_samplers.ipynb #ca430c74
 class Zipped:
     "Layers whose outputs get each LoRA's part with factors on its columns, while the context lasts."
     def __init__(self, sites, strengths, mergers): self.sites, self.strengths, self.mergers, self.handles = sites, strengths, mergers, []
@@ -380,7 +381,7 @@ class Zipped:
 
     def __exit__(self, *error): [handle.remove() for handle in self.handles]
 
-# %% ../nbs/06a_samplers.ipynb #0bc85fc0
+# %% ../nbs/06a_samplers.ipynb #d5757dd9
 def overlap(
     mergers:dict # layer -> a tensor [in] for each LoRA
 ) -> Tensor: # one number
@@ -437,7 +438,7 @@ def _miss(denoiser, calls, bases, i):
     got = first_tensor(denoiser(*args, **kwargs)).float()
     return (got - wanted.float()).square().mean()/(wanted - bases[i]).float().square().mean().clamp_min(1e-12)
 
-# %% ../nbs/06a_samplers.ipynb #78868504
+# %% ../nbs/06a_samplers.ipynb #44ea7793
 def zip_lora(
     pipe, # a diffusers pipeline; as before to the bit afterwards
     subject, # the subject LoRA, or a list
@@ -471,7 +472,7 @@ def ziplora(
     "ZipLoRA at work: optimise, merge, attach."
     return apply_lora(pipe, zip_lora(pipe, subject, style, prompts=prompts, strengths=strengths, **settings), conditional_only=conditional_only, name="zip")
 
-# %% ../nbs/06a_samplers.ipynb #1f3ec9b3
+# %% ../nbs/06a_samplers.ipynb #ac3d0720
 SAMPLERS = dict(composite=composite, dynamic=dynamic, ssr=ssr, zip=ziplora)
 METHODS = (*MERGES, *SAMPLERS)
 
