@@ -34,7 +34,7 @@ setup(
     packages=find_packages(include=["loramix", "loramix.*"]),
     include_package_data=True,
     install_requires=lines("requirements"),
-    extras_require={"dev": lines("dev_requirements")},
+    extras_require={"bench": lines("bench_requirements"), "dev": lines("dev_requirements") + lines("bench_requirements")},
     entry_points={
         "console_scripts": lines("console_scripts"),
         "nbdev": ["loramix = loramix._modidx:d"],

@@ -8,10 +8,10 @@ Docs: https://loramix.github.io/loramix/sweeps.html.md"""
 __all__ = ['log', 'METHODS', 'add_method', 'Alone', 'subject_alone', 'style_alone', 'find_method', 'attached', 'Method',
            'as_method', 'code_digest', 'method_facts', 'find_file', 'base_facts', 'Cell', 'make_cell', 'World', 'Store',
            'Crew', 'find_crew', 'draw_cell', 'measure_missing', 'find_pairs', 'library_digest', 'sweep', 'draw_all',
-           'Sweep', 'leaderboard', 'differences', 'markdown', 'peak_memory', 'merged', 'Merged', 'cost', 'sheet',
-           'report']
+           'Sweep', 'leaderboard', 'differences', 'ceiling_line', 'markdown', 'peak_memory', 'merged', 'Merged', 'cost',
+           'sheet', 'report']
 
-# %% ../nbs/10a_sweeps.ipynb #e0b98c69
+# %% ../nbs/10a_sweeps.ipynb #f76c2c82
 import ast, base64, hashlib, html, inspect, io, json, logging, os, sqlite3, textwrap, time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -31,7 +31,7 @@ from .probes import base_fingerprint, side_plan
 from .rules import RULES
 from .testbed import Demo, demo
 
-# %% ../nbs/10a_sweeps.ipynb #5c21f2eb
+# %% ../nbs/10a_sweeps.ipynb #61ff33d3
 log = logging.getLogger("loramix")
 METHODS = {}                        # name -> (function, settings)
 
@@ -43,7 +43,7 @@ def add_method(
     "Give a method a name for sweeps; a name that is taken is given anew."
     METHODS[name] = (make, settings)
 
-# %% ../nbs/10a_sweeps.ipynb #d9b8ac01
+# %% ../nbs/10a_sweeps.ipynb #47c97457
 class Alone:
     "One side's LoRA alone on a pipeline, called like a mix."
     def __init__(self, pipe, lora, role):
@@ -61,7 +61,7 @@ class Alone:
 def subject_alone(pipe, subject, style): return Alone(pipe, subject, "subject")
 def style_alone(pipe, subject, style): return Alone(pipe, style, "style")
 
-# %% ../nbs/10a_sweeps.ipynb #686118a1
+# %% ../nbs/10a_sweeps.ipynb #df8f812f
 add_method("subject", subject_alone)
 add_method("style", style_alone)
 add_method("klora s*", mix, rule="klora", pattern="s*")
@@ -69,7 +69,7 @@ add_method("est s*", mix, rule="est", pattern="s*")
 add_method("est official", mix, rule="est", parity="official")
 add_method("est soft", mix, rule="est", temperature=.5)
 
-# %% ../nbs/10a_sweeps.ipynb #f8b7e659
+# %% ../nbs/10a_sweeps.ipynb #2e9f9c4a
 def find_method(
     name:str # a registered name, the name of a rule, of a merge or of a sampler
 ) -> tuple: # (function, settings)
@@ -94,7 +94,7 @@ def attached(pipe, subject, style, *, method, prompt, run, **settings):
     if "prompts" in inspect.signature(_attached()[method]).parameters: settings = dict(prompts=prompt) | run | settings
     return attach(pipe, method, subject, style, **settings)
 
-# %% ../nbs/10a_sweeps.ipynb #cf0eed50
+# %% ../nbs/10a_sweeps.ipynb #4cb2c230
 @dataclass(frozen=True, eq=False)
 class Method:
     "A method of a sweep: a name of the registry or a function of one's own, with settings."
@@ -115,7 +115,7 @@ class Method:
         make, settings = find_method(self.name)
         return make, settings | self.settings
 
-# %% ../nbs/10a_sweeps.ipynb #1edbc66f
+# %% ../nbs/10a_sweeps.ipynb #0fb5a755
 def as_method(
     method # a name, or a `Method`
 ) -> Method:
@@ -125,7 +125,7 @@ def as_method(
     method.made_by
     return method
 
-# %% ../nbs/10a_sweeps.ipynb #b3238d54
+# %% ../nbs/10a_sweeps.ipynb #d0e3e18c
 @lru_cache(maxsize=256)
 def code_digest(
     function:Callable # a Python function
@@ -138,7 +138,7 @@ def code_digest(
         if isinstance(body, list) and len(body) > 1 and isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant): node.body = body[1:]
     return hashlib.sha256(ast.dump(tree).encode()).hexdigest()[:16]
 
-# %% ../nbs/10a_sweeps.ipynb #9ec196bb
+# %% ../nbs/10a_sweeps.ipynb #09b6f162
 def method_facts(
     method:Method # the method
 ) -> dict: # plain JSON values
@@ -150,7 +150,7 @@ def method_facts(
     function = f"{make.__module__}.{getattr(make, '__qualname__', type(make).__qualname__)}"
     return dict(function=function, settings=plain, code=[code_digest(part) for part in parts])
 
-# %% ../nbs/10a_sweeps.ipynb #c4d8f6e9
+# %% ../nbs/10a_sweeps.ipynb #0501a73e
 @lru_cache(maxsize=256)
 def _lora(path): return read_lora(path)
 
@@ -160,7 +160,7 @@ def find_file(
     "The LoRA, read once in a process."
     return source if isinstance(source, LoRA) else _lora(str(source))
 
-# %% ../nbs/10a_sweeps.ipynb #90d9e3de
+# %% ../nbs/10a_sweeps.ipynb #04f19d08
 def base_facts(
     pipe # a diffusers pipeline without LoRAs
 ) -> dict: # plain JSON values
@@ -177,7 +177,7 @@ class Cell:
     prompt:str # the prompt
     keys:dict # seed -> key of the picture
 
-# %% ../nbs/10a_sweeps.ipynb #38552fcf
+# %% ../nbs/10a_sweeps.ipynb #5d52303a
 def make_cell(
     world, # pipeline, LoRAs, prompts: `loramix.demo()` or a `World`
     method:Method, # the method
@@ -194,7 +194,7 @@ def make_cell(
     keys = {seed: hashlib.sha256(json.dumps(facts | dict(seed=seed), sort_keys=True).encode()).hexdigest() for seed in seeds}
     return Cell(method, subject, style, prompt, keys)
 
-# %% ../nbs/10a_sweeps.ipynb #e6de3fd5
+# %% ../nbs/10a_sweeps.ipynb #6e8e2fb3
 @dataclass(frozen=True, eq=False)
 class World:
     "What a sweep draws with; `loramix.demo()` has all this too."
@@ -205,7 +205,7 @@ class World:
     run:dict # arguments of the pipeline
     pairs:list=field(default_factory=list) # dictionaries with subject, style, split, aligned
 
-# %% ../nbs/10a_sweeps.ipynb #de4aaa45
+# %% ../nbs/10a_sweeps.ipynb #17e84eda
 _SCHEMA = """
 create table if not exists pictures (key text primary key, method text, subject text, style text, prompt text, seed integer, seconds real, code text, drawn real, png blob not null);
 create table if not exists numbers (key text, metric text, name text, value real, primary key (key, metric, name)) without rowid;
@@ -293,7 +293,7 @@ def _png(image):
     Image.fromarray(np.array(image.convert("RGB"))).save(file, "PNG")
     return file.getvalue()
 
-# %% ../nbs/10a_sweeps.ipynb #56aeb6ed
+# %% ../nbs/10a_sweeps.ipynb #8d5942e6
 @dataclass(frozen=True, eq=False)
 class Crew:
     "The processes of a sweep, seen from one of them."
@@ -324,7 +324,7 @@ def find_crew() -> Crew:
     state = PartialState(timeout=timedelta(days=7))                # the others may draw for hours yet
     return Crew(state.process_index, state.num_processes, state)
 
-# %% ../nbs/10a_sweeps.ipynb #3a1f4cd0
+# %% ../nbs/10a_sweeps.ipynb #21f465d1
 def draw_cell(
     world, # pipeline and LoRAs
     cell:Cell, # what to draw
@@ -357,7 +357,7 @@ def _wanted(make, **offered):
     parameters = inspect.signature(make).parameters
     return {} if make is mix else {key: value for key, value in offered.items() if key in parameters}
 
-# %% ../nbs/10a_sweeps.ipynb #78928ec0
+# %% ../nbs/10a_sweeps.ipynb #348f0d67
 def measure_missing(
     cells, # the cells
     metrics, # list of `Metric`
@@ -372,7 +372,7 @@ def measure_missing(
         for part in _parts([key for key in cases if key in drawn and key not in known], size):
             store.add_numbers(metric, part, metric([store.picture(key) for key in part], [cases[key] for key in part]))
 
-# %% ../nbs/10a_sweeps.ipynb #9339bc5d
+# %% ../nbs/10a_sweeps.ipynb #247a61ad
 def find_pairs(
     world, # has `pairs`
     pairs # "tuning", "held-out", "mixed", "all", or a list of (subject, style)
@@ -383,7 +383,7 @@ def find_pairs(
     if not found: raise ValueError(f"There are no {pairs!r} pairs; there are: {', '.join(sorted({p['split'] for p in world.pairs}))}, all. Or give a list of (subject, style).")
     return found
 
-# %% ../nbs/10a_sweeps.ipynb #a4446ca1
+# %% ../nbs/10a_sweeps.ipynb #6e77c740
 @lru_cache(maxsize=1)
 def library_digest() -> str: # hex digits
     "The state of the modules that decide about pixels, noted beside each picture."
@@ -392,7 +392,7 @@ def library_digest() -> str: # hex digits
         if (folder/f"{name}.py").is_file(): digest.update((folder/f"{name}.py").read_bytes())
     return digest.hexdigest()[:12]
 
-# %% ../nbs/10a_sweeps.ipynb #232133f1
+# %% ../nbs/10a_sweeps.ipynb #4bb75ba6
 def sweep(
     methods, # names and `Method`s
     pairs="tuning", # "tuning", "held-out", "mixed", "all", or a list of (subject, style)
@@ -433,7 +433,7 @@ def _check_titles(methods):
     twice = sorted({t for t in titles if titles.count(t) > 1})
     if twice: raise ValueError(f"Two methods are called {', '.join(map(repr, twice))}. Give one a label: Method(name, settings, label=…).")
 
-# %% ../nbs/10a_sweeps.ipynb #307e0f4a
+# %% ../nbs/10a_sweeps.ipynb #c5db3fba
 def draw_all(
     world, # pipeline and LoRAs
     work, # [(cell, missing seeds)]
@@ -453,7 +453,7 @@ def draw_all(
                 draw_cell(world, cell, seeds, run, store, library_digest(), bar.update, batch)
         finally: world.pipe.set_progress_bar_config(**{"disable": False, **shown})
 
-# %% ../nbs/10a_sweeps.ipynb #f339d855
+# %% ../nbs/10a_sweeps.ipynb #158c85df
 @dataclass(frozen=True, eq=False)
 class Sweep:
     "A sweep that was asked for, and its results in the store. `frame` has a line for each picture, `leaderboard()` one for each method."
@@ -500,7 +500,7 @@ class Sweep:
 
     def __repr__(self): return f"Sweep({len(self.methods)} methods × {len(self.pairs)} pairs × {len(self.seeds)} seeds; {sum(len(s) for _, s in self.missing())} pictures missing; {self.store.path.name})"
 
-# %% ../nbs/10a_sweeps.ipynb #be63624d
+# %% ../nbs/10a_sweeps.ipynb #7c9b30d1
 def leaderboard(
     frame, # `Sweep.frame`, or the like read from a CSV file
     reference:str|None=None, # a method's title: every other is compared with it, pair by pair and seed by seed
@@ -528,7 +528,7 @@ def _line(title, rows, columns, intervals, draws):
         line |= dict(harmonic_of_means=found.value, harmonic_of_means_low=found.low, harmonic_of_means_high=found.high)
     return line | dict(seconds=rows.seconds.median())
 
-# %% ../nbs/10a_sweeps.ipynb #6df932ed
+# %% ../nbs/10a_sweeps.ipynb #92e2d4ad
 def differences(
     frame, # see `leaderboard`
     reference:str, # a method's title
@@ -552,7 +552,21 @@ def _verdict(interval, index):
     if min(len(set(index.get_level_values(level))) for level in ("subject", "style")) < 4: return "too few pairs"
     return "better" if interval.low > 0 else "worse" if interval.high < 0 else "no difference shown"
 
-# %% ../nbs/10a_sweeps.ipynb #c97c938c
+# %% ../nbs/10a_sweeps.ipynb #a82a6b2c
+def ceiling_line(
+    frame, # see `leaderboard`; with the methods "subject" and "style"
+    subject:str="subject", # title of the subject LoRA alone
+    style:str="style", # title of the style LoRA alone
+    draws:int=4000 # bootstrap draws
+): # an `Interval`
+    "P(right subject) of the subject LoRA alone times P(right style) of the style LoRA alone, picture by picture. `ValueError` where one of them is missing."
+    at = ["subject", "style", "seed"]
+    sides = [frame[frame.method == title].set_index(at)[column] for title, column in ((subject, "p_subject"), (style, "p_style"))]
+    if not all(map(len, sides)): raise ValueError(f"The ceiling needs the methods {subject!r} and {style!r} in the sweep.")
+    both = sides[0].to_frame().join(sides[1], how="inner").reset_index()
+    return bootstrap(ceiling(both.p_subject, both.p_style), both.subject, both["style"], draws=draws)
+
+# %% ../nbs/10a_sweeps.ipynb #c12415b5
 def markdown(
     table # what `leaderboard` gave
 ) -> str:
@@ -572,7 +586,7 @@ def _text(line, column):
     interval = f" [{line[column + '_low']:.3f}, {line[column + '_high']:.3f}]" if f"{column}_low" in line.index else ""
     return f"{value:.3f}{interval}" if interval or column == "seconds" else f"{value:.2f}"
 
-# %% ../nbs/10a_sweeps.ipynb #93e701b1
+# %% ../nbs/10a_sweeps.ipynb #73c27bb9
 def peak_memory(
     reset:bool=False # start counting anew
 ) -> float|None: # MiB; None where it is not to be had
@@ -585,7 +599,7 @@ def peak_memory(
         return next(int(line.split()[1])/1024 for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
     except (OSError, StopIteration): return None
 
-# %% ../nbs/10a_sweeps.ipynb #bf47ebbc
+# %% ../nbs/10a_sweeps.ipynb #3baa0b19
 def merged(pipe, subject, style):
     "The yardstick: both LoRAs in the weights for good, and a pipeline that knows nothing of it. `remove()` puts the weights back."
     return Merged(pipe, subject, style)
@@ -610,7 +624,7 @@ class Merged:
     def __call__(self, prompt, *, seed, **run): return self.pipe(prompt, generator=torch.Generator("cpu").manual_seed(seed), **run).images[0]
     def remove(self): self._swap()
 
-# %% ../nbs/10a_sweeps.ipynb #1488ca69
+# %% ../nbs/10a_sweeps.ipynb #db026b11
 def cost(
     methods, # names and `Method`s
     subject:str, # name of the subject
@@ -650,7 +664,7 @@ def _cost_table(rows, yardstick):
                   memory_MiB=wide["memory"][title].max(), memory_ratio=ratio["memory"][title].median(), making_ready=first.ready[title]) for title in first.index]
     return pd.DataFrame(lines).set_index("method")
 
-# %% ../nbs/10a_sweeps.ipynb #f55fd374
+# %% ../nbs/10a_sweeps.ipynb #ad219f27
 def sheet(
     made:Sweep, # a sweep
     pairs=None, # which pairs; None: up to twelve, evenly taken
@@ -665,7 +679,7 @@ def sheet(
     grid = [[*(made.picture(method, *pair, seed) for method in methods), *([made.world.truth(*pair)] if truth else [])] for pair in pairs]
     return contact_sheet(grid, [" + ".join(pair) for pair in pairs], [*methods, *(["true picture"] if truth else [])])
 
-# %% ../nbs/10a_sweeps.ipynb #9ecf9888
+# %% ../nbs/10a_sweeps.ipynb #f6edf565
 def report(
     made:Sweep, # a sweep
     path, # the HTML file to write
@@ -684,7 +698,7 @@ def report(
     path.write_text(_PAGE.format(title=html.escape(title), words=html.escape(words), table=_html_table(table), pictures="".join(pictures), settings=settings), encoding="utf-8")
     return path
 
-# %% ../nbs/10a_sweeps.ipynb #a38082e1
+# %% ../nbs/10a_sweeps.ipynb #ea4fc92c
 _PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{title}</title>
 <style>body{{font:15px/1.5 system-ui,sans-serif;color:#222;background:#fdfcf9;max-width:75rem;margin:2rem auto;padding:0 1rem}}table{{border-collapse:collapse;margin:1rem 0}}
 td,th{{padding:.25rem .6rem;border-bottom:1px solid #ddd;text-align:left;vertical-align:top}}.bar{{position:relative;width:14rem;height:1rem;background:#eee}}.bar i{{position:absolute;top:.4rem;height:.2rem;background:#888}}
