@@ -10,7 +10,7 @@ __all__ = ['log', 'MEASURES', 'SAMPLERS', 'METHODS', 'Attached', 'constant_plan'
            'shared_sites', 'rank_grams', 'ssr_lora', 'ssr', 'record_calls', 'first_tensor', 'Zipped', 'overlap',
            'zip_mergers', 'zip_lora', 'ziplora', 'attach']
 
-# %% ../nbs/06a_samplers.ipynb #c43cb6b6
+# %% ../nbs/06a_samplers.ipynb #f82aa541
 import itertools, logging, secrets
 
 import torch
@@ -24,10 +24,10 @@ from .plan import Plan, make_plan
 from .rules import conditional_only as half_only
 from .scores import paired_layers
 
-# %% ../nbs/06a_samplers.ipynb #f04b01ad
+# %% ../nbs/06a_samplers.ipynb #d93ce093
 log = logging.getLogger("loramix")
 
-# %% ../nbs/06a_samplers.ipynb #cb39d6dc
+# %% ../nbs/06a_samplers.ipynb #f099ab60
 class Attached:
     "A method at work on a pipeline. Call it like the pipeline; `remove()` gives the pipeline back as it was. Also a context manager."
     def __init__(self, fusion:Fusion, name:str, lora:LoRA|None=None): self.pipe, self.fusion, self.name, self.lora = fusion.pipe, fusion, name, lora
@@ -59,7 +59,7 @@ class Attached:
     def __exit__(self, *error): self.remove()
     def __repr__(self): return f"Attached({self.name}; {' + '.join(lora.name for lora in self.fusion.loras)}; {'at work' if self.fusion.handles else 'removed'})"
 
-# %% ../nbs/06a_samplers.ipynb #b75dfb9c
+# %% ../nbs/06a_samplers.ipynb #2bc6e1fc
 def constant_plan(
     of:Sides, # LoRAs, roles, strengths
     steps:int, # number of steps
@@ -83,7 +83,7 @@ def apply_lora(
     planner = lambda steps: half_only(constant_plan(of, steps)) if conditional_only else constant_plan(of, steps)
     return Attached(fuse(pipe, planner, of.loras), name or of.loras[0].name, of.loras[0])
 
-# %% ../nbs/06a_samplers.ipynb #27cfb7e0
+# %% ../nbs/06a_samplers.ipynb #c1a9e8fd
 def each_alone(
     table:Tensor # weights [steps, sites, loras]
 ) -> Tensor: # [steps·loras, sites, loras]: for each step a row for each LoRA, with the others at 0
@@ -100,7 +100,7 @@ def mean_output(
     if isinstance(first, dict): return type(first)(**{key: mean_output([o[key] for o in outputs]) for key in first})
     return type(first)(mean_output(parts) for parts in zip(*outputs))
 
-# %% ../nbs/06a_samplers.ipynb #7670fe80
+# %% ../nbs/06a_samplers.ipynb #c2cefab3
 class Composite(Fusion):
     "A fusion that calls the denoiser once for each LoRA alone and gives the mean of the outputs."
     call, turn = None, 0
@@ -137,7 +137,7 @@ class Composite(Fusion):
         finally: self.inside, self.turn = None, 0
         return outputs
 
-# %% ../nbs/06a_samplers.ipynb #8a58f0d2
+# %% ../nbs/06a_samplers.ipynb #384a9d87
 def composite(
     pipe, # a diffusers pipeline
     subject, # the subject LoRA, or a list
@@ -149,25 +149,26 @@ def composite(
     of = sides(subject, style, strengths)
     return Attached(fuse(pipe, lambda steps: constant_plan(of, steps), of.loras, kind=Composite), "composite")
 
-# %% ../nbs/06a_samplers.ipynb #34ac29e2
+# %% ../nbs/06a_samplers.ipynb #2cf6657c
 def moved_kl(
-    base:Tensor, # y, features last [..., f]
+    base:Tensor, # y, batch first, features last [batch, …, f]
     moved:Tensor # y_i, same shape
-) -> Tensor: # one number, float32
-    "KL(softmax y ‖ softmax y_i) over the features, mean over everything else."
+) -> Tensor: # float32 [batch]
+    "KL(softmax y ‖ softmax y_i) over the features, mean over everything but the batch."
     p, q = F.log_softmax(base.float(), -1), F.log_softmax(moved.float(), -1)
-    return (p.exp()*(p - q)).sum(-1).mean()
+    return (p.exp()*(p - q)).sum(-1).flatten(1).mean(1) if base.dim() > 2 else (p.exp()*(p - q)).sum(-1)
 
 def moved_dot(
-    base:Tensor, # y, features last [..., f]
+    base:Tensor, # y, batch first, features last [batch, …, f]
     moved:Tensor # y_i, same shape
-) -> Tensor: # one number, float32
-    "−⟨y, y_i⟩, mean over everything but the features: larger where y_i is less like y."
-    return -(base.float()*moved.float()).sum(-1).mean()
+) -> Tensor: # float32 [batch]
+    "−⟨y, y_i⟩ over the features, mean over everything but the batch: larger where y_i is less like y."
+    product = -(base.float()*moved.float()).sum(-1)
+    return product.flatten(1).mean(1) if product.dim() > 1 else product
 
 MEASURES = dict(kl=moved_kl, dot=moved_dot)
 
-# %% ../nbs/06a_samplers.ipynb #5c4ba7bb
+# %% ../nbs/06a_samplers.ipynb #1aac514a
 def layer_part(
     module:nn.Module, # a Linear or Conv layer
     x:Tensor, # its input
@@ -189,10 +190,10 @@ def read(
 
 def _conv(module): return F.conv1d if isinstance(module, nn.Conv1d) else F.conv2d
 
-# %% ../nbs/06a_samplers.ipynb #13cc375a
+# %% ../nbs/06a_samplers.ipynb #73247c17
 class Dynamic(Fusion):
     "A fusion that leaves the weights alone and lets, in each layer at each step, the LoRA act whose part moves the output more."
-    measure = staticmethod(moved_dot)
+    measure, halved = staticmethod(moved_dot), False
 
     def attach(self):
         "Hook into the denoiser and into each layer."
@@ -211,29 +212,33 @@ class Dynamic(Fusion):
             parts = [layer_part(module, args[0], *pair) for pair in kept[key]]
             if not parts: return
             self.taken[self.step, i] = winner = self.winner(module, output, parts)
-            return output + torch.stack(parts).index_select(0, winner).squeeze(0)
+            every = winner.repeat(len(output)//len(winner))
+            return output + torch.stack(parts)[every, torch.arange(len(output), device=output.device)]
         return hook
 
     def winner(self, module, output, parts):
-        "The place of the part that moves the output most, [1]."
+        "The place of the part that moves the output most, for each picture of the batch: int64 [pictures]."
         last = (lambda t: t) if isinstance(module, nn.Linear) else (lambda t: t.movedim(1, -1))
-        return torch.stack([self.measure(last(output), last(output + part)) for part in parts]).argmax().view(1)
+        moved = torch.stack([self.measure(last(output), last(output + part)) for part in parts])               # [parts, batch]
+        if self.halved and len(output) % 2 == 0: moved = moved.view(len(parts), 2, -1).sum(1)
+        return moved.argmax(0)
 
     def before(self, module, args, kwargs):
         "Before a call of the denoiser: find its step; a step before the last one begins a new run."
         last = self.step
         super().before(module, args, kwargs)
         if last is not None and self.step < last: self.taken.clear()
+        self.halved = self.component == "unet" and bool(getattr(self.pipe, "do_classifier_free_guidance", False))
 
     @property
     def plan(self) -> Plan|None:
-        "What was chosen in the last run; None before the first. A step that was not run chooses nothing."
+        "What was chosen in the last run, for the first picture of its batch; None before the first run. A step that was not run chooses nothing."
         if not self.rows or not self.taken: return None
         choice, made = torch.zeros(self.rows.plan.steps, len(self.editor.sites), len(self.loras)), self.rows.plan
-        for (step, i), winner in self.taken.items(): choice[step, i, self.acting[i][int(winner)]] = 1.
+        for (step, i), winner in self.taken.items(): choice[step, i, self.acting[i][int(winner[0])]] = 1.
         return make_plan(choice, [site.name for site in self.editor.sites], made.loras, made.roles, dict(name="dynamic"), strengths=made.strengths)
 
-# %% ../nbs/06a_samplers.ipynb #e0ed3886
+# %% ../nbs/06a_samplers.ipynb #c0fec86d
 def dynamic(
     pipe, # a diffusers pipeline
     subject, # the subject LoRA, or a list
@@ -242,14 +247,14 @@ def dynamic(
     strengths=None, # factor of (subject, style), or one for each LoRA; None: 1
     measure:str="dot" # "dot": −⟨y, y_i⟩; "kl": KL of the softmaxes over features
 ) -> Attached: # its `plan` is what was chosen in the last run
-    "Dynamic feature selection (arXiv 2602.15539, its first half): at each layer and step the LoRA acts whose output moves the base feature more. One choice for the whole batch."
+    "Dynamic feature selection (arXiv 2602.15539, its first half): at each layer and step the LoRA acts whose output moves the base feature more. One choice for each picture."
     if measure not in MEASURES: raise ValueError(f"measure is one of {', '.join(MEASURES)}; got {measure!r}.")
     of = sides(subject, style, strengths)
     fusion = fuse(pipe, lambda steps: constant_plan(of, steps, 0.), of.loras, kind=Dynamic)
     fusion.measure = MEASURES[measure]
     return Attached(fusion, f"dynamic {measure}")
 
-# %% ../nbs/06a_samplers.ipynb #41a28b05
+# %% ../nbs/06a_samplers.ipynb #ac297885
 def _prompts(prompts, of):
     "A prompt for each LoRA. `ValueError` where the number does not fit."
     prompts = [prompts]*len(of.loras) if isinstance(prompts, str) else list(prompts)
@@ -270,7 +275,7 @@ def shared_sites(
     names = [layer for layer in paired_layers(of.loras) if sum(layer in lora.layers for lora in of.loras) > 1]
     return find_sites(pipe, of.loras, names)
 
-# %% ../nbs/06a_samplers.ipynb #1d503eab
+# %% ../nbs/06a_samplers.ipynb #d5b2447f
 def rank_grams(
     pipe, # a diffusers pipeline
     subject, # the subject LoRA, or a list
@@ -307,7 +312,7 @@ def _run(pipe, prompt, seed, run):
     "One run of the pipeline to latents, which nobody looks at."
     return pipe(prompt, generator=torch.Generator("cpu").manual_seed(seed), **{**run, "output_type": "latent"})
 
-# %% ../nbs/06a_samplers.ipynb #cfd50e1a
+# %% ../nbs/06a_samplers.ipynb #575afb49
 def ssr_lora(
     pipe, # a diffusers pipeline; as before to the bit afterwards
     subject, # the subject LoRA, or a list
@@ -337,7 +342,7 @@ def ssr(
     "SSR-Merge at work: calibrate, merge, attach."
     return apply_lora(pipe, ssr_lora(pipe, subject, style, prompts=prompts, strengths=strengths, ridge=ridge, seed=seed, **run), conditional_only=conditional_only, name="ssr")
 
-# %% ../nbs/06a_samplers.ipynb #1f468834
+# %% ../nbs/06a_samplers.ipynb #dd5b4d54
 def record_calls(
     pipe, # a diffusers pipeline with LoRAs attached, or none
     prompt:str, # the prompt
@@ -360,7 +365,7 @@ def first_tensor(
     "The prediction itself."
     return output if torch.is_tensor(output) else output[0]
 
-# %% ../nbs/06a_samplers.ipynb #ca430c74
+# %% ../nbs/06a_samplers.ipynb #30c2a41c
 class Zipped:
     "Layers whose outputs get each LoRA's part with factors on its columns, while the context lasts."
     def __init__(self, sites, strengths, mergers): self.sites, self.strengths, self.mergers, self.handles = sites, strengths, mergers, []
@@ -381,7 +386,7 @@ class Zipped:
 
     def __exit__(self, *error): [handle.remove() for handle in self.handles]
 
-# %% ../nbs/06a_samplers.ipynb #d5757dd9
+# %% ../nbs/06a_samplers.ipynb #5c25e1fc
 def overlap(
     mergers:dict # layer -> a tensor [in] for each LoRA
 ) -> Tensor: # one number
@@ -438,7 +443,7 @@ def _miss(denoiser, calls, bases, i):
     got = first_tensor(denoiser(*args, **kwargs)).float()
     return (got - wanted.float()).square().mean()/(wanted - bases[i]).float().square().mean().clamp_min(1e-12)
 
-# %% ../nbs/06a_samplers.ipynb #44ea7793
+# %% ../nbs/06a_samplers.ipynb #9f94a214
 def zip_lora(
     pipe, # a diffusers pipeline; as before to the bit afterwards
     subject, # the subject LoRA, or a list
@@ -472,7 +477,7 @@ def ziplora(
     "ZipLoRA at work: optimise, merge, attach."
     return apply_lora(pipe, zip_lora(pipe, subject, style, prompts=prompts, strengths=strengths, **settings), conditional_only=conditional_only, name="zip")
 
-# %% ../nbs/06a_samplers.ipynb #ac3d0720
+# %% ../nbs/06a_samplers.ipynb #7ab0a034
 SAMPLERS = dict(composite=composite, dynamic=dynamic, ssr=ssr, zip=ziplora)
 METHODS = (*MERGES, *SAMPLERS)
 

@@ -137,12 +137,26 @@ def test_dynamic_written_down_is_a_plan(family):
     with apply_lora(pipe, read[1], strength=.7): torch.testing.assert_close(run(pipe), only, atol=2e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("guidance", [1., 5.])
+def test_a_picture_does_not_depend_on_its_batch(guidance):
+    "Three pictures at once, and each alone: the same, under every sampler."
+    pipe = tiny.sd()
+    _, read = loras(pipe)
+    noise = tiny.latents(pipe, 3, 7)
+    for make in (lambda: dynamic(pipe, *read), lambda: dynamic(pipe, *read, measure="kl"), lambda: composite(pipe, *read)):
+        with make():
+            together = run(pipe, n=3, latents=noise, guidance_scale=guidance)
+            for i in range(3): torch.testing.assert_close(run(pipe, latents=noise[i:i+1], guidance_scale=guidance)[0], together[i], atol=2e-5, rtol=1e-4)
+
+
 def test_measures_against_torch():
     g = torch.Generator().manual_seed(0)
     y, z = torch.randn(3, 5, 7, generator=g), torch.randn(3, 5, 7, generator=g)
-    wanted = torch.distributions.kl_divergence(torch.distributions.Categorical(logits=y), torch.distributions.Categorical(logits=z)).mean()
+    wanted = torch.distributions.kl_divergence(torch.distributions.Categorical(logits=y), torch.distributions.Categorical(logits=z)).mean(1)
     torch.testing.assert_close(moved_kl(y, z), wanted)
-    torch.testing.assert_close(moved_dot(y, z), -torch.stack([a @ b for a, b in zip(y.flatten(0, 1), z.flatten(0, 1))]).mean())
+    torch.testing.assert_close(moved_dot(y, z), -torch.stack([torch.stack([a @ b for a, b in zip(*rows)]).mean() for rows in zip(y, z)]))
+    torch.testing.assert_close(moved_kl(y[:, 0], z[:, 0]), moved_kl(y[:, :1], z[:, :1]))
+    torch.testing.assert_close(moved_dot(y[:, 0], z[:, 0]), moved_dot(y[:, :1], z[:, :1]))
 
 
 def test_merged_lora_against_peft():
