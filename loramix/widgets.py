@@ -12,7 +12,7 @@ __all__ = ['KNOBS', 'BARE', 'DEFAULTS', 'RULE_NAMES', 'TIPS', 'log', 'ABOUT', 'S
            'hover_map', 'over', 'Cancelled', 'Runner', 'Pin', 'Tray', 'close_all', 'written', 'call_code',
            'source_code', 'by_role', 'plan_code', 'mix_code', 'heading', 'Explorer', 'explore']
 
-# %% ../nbs/12_widgets.ipynb #43a02af4
+# %% ../nbs/12_widgets.ipynb #491efc18
 import base64, html, io, logging, struct, threading, zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -33,7 +33,7 @@ from .plan import Plan, describe, ramp
 from .rules import RULES
 from .scores import Scores
 
-# %% ../nbs/12_widgets.ipynb #e00be7f8
+# %% ../nbs/12_widgets.ipynb #1c08bbcf
 @dataclass(frozen=True)
 class State:
     "What is on screen: a rule, its settings, and the number of steps."
@@ -43,7 +43,7 @@ class State:
     strengths:tuple=(1., 1.) # factor of each LoRA, subjects first
     steps:int=50 # number of denoising steps
 
-# %% ../nbs/12_widgets.ipynb #ecc0e4d1
+# %% ../nbs/12_widgets.ipynb #3f060904
 KNOBS = dict(est=("beta", "alpha", "pattern", "balance", "temperature"), klora=("beta", "alpha", "pattern", "balance"), topk=("balance",), direct=(), switch=("every",))
 BARE = Settings("est", {}, (), "first", (0,), None, "index", "both", "device", 1/64, False) # of a pair without a pipeline
 
@@ -65,7 +65,7 @@ def plan_of(
     plan = make(scores, state.steps, settings_of(state, base), state.beta, sigmas)
     return plan if plan.steps == state.steps else plan.resample(state.steps)
 
-# %% ../nbs/12_widgets.ipynb #b3d15277
+# %% ../nbs/12_widgets.ipynb #32e2a92b
 DEFAULTS = dict(alpha=1.5, pattern="s", balance="energy", temperature=0., every=5)
 
 def rule_name(
@@ -89,7 +89,7 @@ def start_state(
     if len(options.get("balance", "")) == 1: options["balance"] = options["balance"][0]
     return State(rule, options, .5 if beta is None else beta, settings.strengths, rule.steps if isinstance(rule, Plan) else steps)
 
-# %% ../nbs/12_widgets.ipynb #c764bdb1
+# %% ../nbs/12_widgets.ipynb #7214a79e
 @dataclass(frozen=True, eq=False)
 class Contest:
     "What a rule compares: a number for each layer, and one for each step."
@@ -118,7 +118,7 @@ def contest(
     S = np.ones(plan.steps) if name == "topk" else ramp(plan.progress, rule["alpha"], rule["discrepancy" if name == "est" else "beta"], rule["pattern"])
     return Contest("energy" if name == "est" else "sum of the K largest", table[np.arange(len(best)), np.array(subjects)[best]], table[:, styles].max(1), gamma[best], S)
 
-# %% ../nbs/12_widgets.ipynb #841bb259
+# %% ../nbs/12_widgets.ipynb #9198d9a7
 def layer_label(
     name:str # a layer's module path
 ) -> str: # such as "up 1 · attention 0 · attn2 k"
@@ -152,7 +152,7 @@ def layer_words(
     together = f" At step {step} both act: " + ", ".join(f"{name} {part:.2f}" for name, part in zip(plan.loras, parts)) + "." if sum(part > 0 for part in parts) > 1 else ""
     return f"Energy {weighs}. {why}{together}"
 
-# %% ../nbs/12_widgets.ipynb #0d4210c2
+# %% ../nbs/12_widgets.ipynb #0b6506cc
 def _turn_words(acts, turns):
     "Whose side has more from when on."
     name = lambda subject: "the subject" if subject else "the style"
@@ -173,7 +173,7 @@ def _because(fight, layer, acts, turns, plan):
     if S.min() == S.max(): return f"S(p) is {S[0]:.3g} throughout, {'below' if acts[0] else 'not below'} {ratio:.3g}: {words}."
     return f"S(p) runs from {S[0]:.3g} to {S[-1]:.3g} and {'stays below' if acts[0] else 'is never below'} {ratio:.3g}: {words}."
 
-# %% ../nbs/12_widgets.ipynb #fb7c9a0f
+# %% ../nbs/12_widgets.ipynb #a02f2028
 def pixel_rows(
     rows # `Rows` of the map
 ) -> np.ndarray: # int [pixels of the map's height]
@@ -197,7 +197,7 @@ def level_lines(
     x, y, side, turn = np.stack([start - .5, stop - .5, np.full(len(start), np.nan)], 1), ratio[layer], acts[layer, start], start > 0
     return *((x[side == who].ravel(), np.repeat(y[side == who], 3)) for who in (True, False)), (start[turn] - .5, y[turn])
 
-# %% ../nbs/12_widgets.ipynb #2137c0ca
+# %% ../nbs/12_widgets.ipynb #43bde166
 class Stage:
     "One page with the plan's map, the crossing plot and the shares, whose artists move. A part of the explorer that needs no widgets."
     width = 800 # pixels
@@ -294,7 +294,7 @@ class Stage:
         self.cross.set_yticks(np.log10(ticks), [f"{tick:g}" for tick in ticks])
         self.cross.set_ylabel("subject ÷ (γ × style), and the ramp S(p)", fontsize=TEXT, color=INK, labelpad=3)
 
-# %% ../nbs/12_widgets.ipynb #95d1bb91
+# %% ../nbs/12_widgets.ipynb #833bae0f
 def show_map(stage, plan) -> None:
     "Move the map of a `Stage`: its cells."
     colours = cell_colours(*both_sides(plan.choice.numpy(), plan.roles)).swapaxes(0, 1)[stage.rows.order]
@@ -309,7 +309,7 @@ def show_shares(stage, plan) -> None:
         stairs.set_data(below + values, edges, below)
         below = below + values
 
-# %% ../nbs/12_widgets.ipynb #8a9ac6fb
+# %% ../nbs/12_widgets.ipynb #01c09f9c
 def show_crossing(stage, plan, fight:Contest|None) -> None:
     "Move the crossing plot of a `Stage`: the ramp, a level line for each layer."
     ratio = fight.ratio if fight is not None else np.full(len(plan.layers), np.nan)
@@ -333,7 +333,7 @@ def point_out(stage, plan, fight:Contest|None, step:int, layer:int) -> None:
     *lines, _ = level_lines(ratio, subject_acts(plan)[:, layer:layer + 1])
     for line, (x, y) in zip(stage.level, lines): line.set_data(x, np.log10(y))
 
-# %% ../nbs/12_widgets.ipynb #e6ef6136
+# %% ../nbs/12_widgets.ipynb #0ab9bdfb
 def show(
     stage:Stage, # the page
     plan:Plan, # what to show on it
@@ -352,7 +352,7 @@ def show(
     point_out(stage, plan, fight, step, layer)
     stage.plan = plan
 
-# %% ../nbs/12_widgets.ipynb #ae6d20a2
+# %% ../nbs/12_widgets.ipynb #a9dead16
 def quick_png(
     pixels:np.ndarray # uint8 [h, w, 3]
 ) -> bytes: # a PNG file
@@ -363,7 +363,7 @@ def quick_png(
     part = lambda kind, data: struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
     return b"\x89PNG\r\n\x1a\n" + part(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)) + part(b"IDAT", zlib.compress(lines.tobytes(), 1)) + part(b"IEND", b"")
 
-# %% ../nbs/12_widgets.ipynb #16f0d7cc
+# %% ../nbs/12_widgets.ipynb #70dcfe69
 @plain
 def _draw_ground(stage):
     "Draw all that stands still, and keep its pixels: what never moves, and over it the axes."
@@ -385,7 +385,7 @@ def stage_png(
     for axes, artist in stage.moving: axes.draw_artist(artist)
     return quick_png(np.asarray(Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")))
 
-# %% ../nbs/12_widgets.ipynb #4ac7c71b
+# %% ../nbs/12_widgets.ipynb #01f3e916
 def png_bytes(
     picture # PIL image, or array
 ) -> bytes: # a PNG file
@@ -413,7 +413,7 @@ def field_for(slider):
     field.layout = Layout(width="76px", flex="0 0 auto")
     return field
 
-# %% ../nbs/12_widgets.ipynb #50937f01
+# %% ../nbs/12_widgets.ipynb #309692f7
 class Knob(VBox):
     "A slider with its name, a field for typing, and marks below."
     def __init__(self, label, slider, tip="", marks=None):
@@ -465,7 +465,7 @@ def chooser(label, options, value, tip=""):
     dropdown.tooltip = tip
     return dropdown, HBox([HTML(small(label), layout=Layout(width="118px", flex="0 0 auto")), dropdown], layout=Layout(align_items="center", overflow="hidden"))
 
-# %% ../nbs/12_widgets.ipynb #4d1cb431
+# %% ../nbs/12_widgets.ipynb #ba6eaca7
 RULE_NAMES = dict(est="EST-LoRA", klora="K-LoRA", topk="Top-K", direct="direct merge", switch="LoRA Switch")
 TIPS = dict(
     beta="Style discrepancy β: how unlike the two LoRAs' own pictures are. The ramp S(p) starts there; higher gives the style more layers.",
@@ -577,7 +577,7 @@ class Controls(GridBox):
         self.measured = beta
         self.knobs["beta"].set_marks([(beta, f"▲ measured {beta:.3g}")] if beta is not None else None)
 
-# %% ../nbs/12_widgets.ipynb #65993faf
+# %% ../nbs/12_widgets.ipynb #f48fe1b7
 class Steps(HBox):
     "Play, and a slider over the steps. `changed()` is called after each move."
     def __init__(self, steps:int, changed:Callable=lambda: None, left:int=170, width:int=316):
@@ -593,7 +593,7 @@ class Steps(HBox):
         "Another number of steps; the step stays where it can."
         if steps - 1 != self.slider.max: self.slider.max = self.play.max = steps - 1
 
-# %% ../nbs/12_widgets.ipynb #e61b40a2
+# %% ../nbs/12_widgets.ipynb #a5cf0e02
 class Layers(VBox):
     "Choose a layer: by block and name, or at the height of its row. `changed()` is called after each choice."
     def __init__(self, layers, rows, changed:Callable=lambda: None):
@@ -630,7 +630,7 @@ class Layers(VBox):
         finally: self.quiet = False
         self.changed()
 
-# %% ../nbs/12_widgets.ipynb #96aa694d
+# %% ../nbs/12_widgets.ipynb #f2c93206
 def hover_map(
     stage:Stage # the page that it lies over
 ) -> str: # HTML
@@ -645,7 +645,7 @@ def over(child, x:int, y:int, width:int, height:int):
     child.layout = Layout(grid_area="1 / 1 / 2 / 2", margin=f"{y}px 0 0 {x}px", width=f"{width}px", height=f"{height}px", overflow="visible", min_width="0")
     return child
 
-# %% ../nbs/12_widgets.ipynb #fe6a9d9b
+# %% ../nbs/12_widgets.ipynb #22b767ef
 log = logging.getLogger("loramix")
 
 class Cancelled(Exception):
@@ -722,7 +722,7 @@ class Runner(VBox):
         "Say something beside the bar."
         self.said.value = small(html.escape(text))
 
-# %% ../nbs/12_widgets.ipynb #9b6df7d4
+# %% ../nbs/12_widgets.ipynb #6e977eab
 @dataclass(frozen=True, eq=False)
 class Pin:
     "A pinned setting."
@@ -778,7 +778,7 @@ def close_all(widget) -> None:
     if getattr(widget, "style", None) is not None: widget.style.close()
     widget.close()
 
-# %% ../nbs/12_widgets.ipynb #4a70b669
+# %% ../nbs/12_widgets.ipynb #21950f3b
 def written(
     value # of an argument
 ) -> str|None: # as Python writes it; None where it cannot be written
@@ -803,7 +803,7 @@ def source_code(loras, name:str) -> str:
     parts = [repr(lora.source) if lora.source is not None else name if len(loras) == 1 else f"{name}[{i}]" for i, lora in enumerate(loras)]
     return parts[0] if len(parts) == 1 else f"[{', '.join(parts)}]"
 
-# %% ../nbs/12_widgets.ipynb #8d959dd6
+# %% ../nbs/12_widgets.ipynb #7c1ba7b4
 def by_role(scores:Scores, role:str) -> list:
     "The LoRAs of a role."
     return [lora for lora, own in zip(scores.files, scores.roles) if own == role]
@@ -820,7 +820,7 @@ def plan_code(
     named = {**(dict(discrepancy=state.beta) if needs_discrepancy(settings) else {}), **settings.options, "strengths": settings.strengths}
     return "\n".join([f"from loramix import {state.rule}, score", *lines, call_code(f"plan = {state.rule}", ["scores", str(state.steps)], named)])
 
-# %% ../nbs/12_widgets.ipynb #ce8e4693
+# %% ../nbs/12_widgets.ipynb #f0f2e899
 def mix_code(
     state:State, # what is on screen
     mix:Mix, # that it belongs to
@@ -837,7 +837,7 @@ def mix_code(
     return "\n".join(["import loramix", "# One mix at a time: if the explored one is still on the pipeline, mix.remove() comes first.",
                       call_code("mix = loramix.mix", first, named), call_code("image = mix", [repr(call["prompt"])], dict(seed=call["seed"], **call["arguments"]))])
 
-# %% ../nbs/12_widgets.ipynb #9b79d1b7
+# %% ../nbs/12_widgets.ipynb #8658d2e7
 ABOUT = ("<b>Left:</b> each row is a layer, each column a step, and the colour says whose LoRA acts. <b>Right:</b> each level line is a layer's energy ratio; the black ramp rises with the steps, "
          "and where it passes a line that layer goes from the subject to the style. <b>Below it:</b> how many of the layers each LoRA has.")
 
@@ -947,7 +947,7 @@ class Explorer(VBox):
         self.apply(state)
         bar = getattr(self.mix.pipe, "_progress_bar_config", {})
         self.mix.pipe.set_progress_bar_config(**{**bar, "disable": True})                # the widget has a bar of its own
-        try: image = self.mix(prompt, seed=seed, watch=watch, **self._arguments(state))
+        try: image = self.mix(prompt, seed=seed, on_step=watch, **self._arguments(state))
         finally: self.mix.pipe.set_progress_bar_config(**bar)
         image = image[0] if isinstance(image, list) else image
         if needs_discrepancy(self.mix.settings) and self.mix.beta != self.controls.measured and self.mix.beta != state.beta: state = self._measured(state)
@@ -1014,7 +1014,7 @@ class Explorer(VBox):
         bundle = super()._repr_mimebundle_(**kwargs)
         return {**bundle, "image/png": base64.b64encode(self.figure_png()).decode()}
 
-# %% ../nbs/12_widgets.ipynb #21bc9164
+# %% ../nbs/12_widgets.ipynb #d28f840d
 def explore(
     source, # a `Mix`, or the `Scores` of a pair (then without a pipeline: everything but drawing)
     *,

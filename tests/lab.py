@@ -91,6 +91,23 @@ def open_and_run(tab, url, name, seconds=120) -> None:
     tab.wait_for_function("() => [...document.querySelectorAll('.jp-CodeCell .jp-InputPrompt')].every(prompt => /[0-9]/.test(prompt.innerText))", timeout=1000*seconds)
 
 
+IN_KERNEL = """async code => {
+    const run = window.jupyterapp.shell.currentWidget.sessionContext.session.kernel.requestExecute({code});
+    let said = '';
+    run.onIOPub = message => {
+        if (message.header.msg_type === 'stream' && message.content.name === 'stdout') said += message.content.text;
+        if (message.header.msg_type === 'error') said += 'error: ' + message.content.evalue;
+    };
+    await run.done;
+    return said;
+}"""
+
+
+def in_kernel(tab, code):
+    "Run code in the open notebook's kernel; the JSON that it prints."
+    return json.loads(tab.evaluate(IN_KERNEL, code))
+
+
 # Runs in the page: resolves with the milliseconds from a key on a slider to the new picture on the screen.
 TIME_OF_MOVE = """async ([slider, image, key]) => {
     const handle = document.querySelector(slider), picture = document.querySelector(image);

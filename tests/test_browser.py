@@ -1,7 +1,6 @@
 """The explorer in JupyterLab and Chromium: every slider by keyboard and by mouse, Generate, no error, no memory that grows, the time of a move.
 
 The times are printed (`pytest -rP tests/test_browser.py`) and not asserted tightly, since they depend on the machine; `benchmarks/widget_speed.py` prints them too."""
-import json
 import statistics
 
 import pytest
@@ -31,20 +30,6 @@ def changes(tab, act, picture=PICTURE):
     tab.wait_for_function("([picture, before]) => document.querySelector(picture).src !== before", arg=[picture, before])
 
 
-def kernel(tab, code):
-    "Run code in the notebook's kernel, through a cell that is added below; its text output, as JSON."
-    tab.keyboard.press("Escape")
-    tab.evaluate("""async code => {
-        const panel = window.jupyterapp.shell.currentWidget, kernel = panel.sessionContext.session.kernel;
-        const run = kernel.requestExecute({code});
-        window.said = '';
-        run.onIOPub = message => { if (message.header.msg_type === 'stream') window.said += message.content.text;
-                                   if (message.header.msg_type === 'error') window.said += 'error: ' + message.content.evalue; };
-        await run.done;
-    }""", code)
-    return json.loads(tab.evaluate("window.said"))
-
-
 @pytest.fixture(scope="module")
 def tab(tmp_path_factory):
     folder = tmp_path_factory.mktemp("lab")
@@ -63,7 +48,7 @@ def no_errors(tab):
 
 
 def test_the_settings_arrive_as_they_were_given(tab):
-    state = kernel(tab, "import json; print(json.dumps([explorer.plan.rule['discrepancy'], explorer.controls.balance.value, explorer.controls.beta.value]))")
+    state = lab.in_kernel(tab, "import json; print(json.dumps([explorer.plan.rule['discrepancy'], explorer.controls.balance.value, explorer.controls.beta.value]))")
     assert state == [.4312, "energy", .43]
     assert "measured 0.431" in tab.locator(".loramix-explorer:not(.large) .loramix-beta").inner_text()
 
@@ -142,9 +127,9 @@ def test_time_of_a_move_and_memory_after_200(tab):
     tab.locator(slider).scroll_into_view_if_needed()
     lab.time_moves(tab, slider, picture, 20)
     measure = "import gc, json, psutil; from matplotlib.figure import Figure; gc.collect(); print(json.dumps([psutil.Process().memory_info().rss, sum(issubclass(type(x), Figure) for x in gc.get_objects())]))"
-    before = kernel(tab, measure)
+    before = lab.in_kernel(tab, measure)
     times = lab.time_moves(tab, slider, picture, 200)
-    after = kernel(tab, measure)
+    after = lab.in_kernel(tab, measure)
     first = sorted(times[:50])
     print(f"slider move to new picture, 560 layers x 50 steps, 50 moves: median {statistics.median(first):.0f} ms, worst {first[-1]:.0f} ms")
     print(f"200 moves: kernel grew by {(after[0] - before[0])/1e6:.1f} MB, figures {before[1]} -> {after[1]}")
