@@ -273,3 +273,41 @@ def test_one_at_a_time_and_errors():
     with pytest.raises(RuntimeError, match="removed"): m("a dog")
     assert constant_plan(sides(*read), 3).weights.sum() > 0
     assert isinstance(pipe.scheduler, DDIMScheduler)
+
+
+def test_the_same_method_as_a_plan_and_as_a_merge():
+    "B-LoRA's filter, NP-LoRA and the direct sum, each once as a plan and once as one LoRA: the same latents."
+    from loramix.merges import blora_merge, np_merge, project
+    from loramix.rules import blora, direct
+    from loramix.scores import score
+    pipe = tiny.sd()
+    _, (c, s) = loras(pipe)
+    blocks = dict(subject_blocks=("down_blocks", "mid_block"), style_blocks=("up_blocks",))
+    for plan, parts, merged in ((direct(score(c, s), 4, strengths=(.5, 1.)), (c, s), direct_merge(c, s, strengths=(.5, 1.))), (blora(score(c, s), 4, **blocks), (c, s), blora_merge(c, s, **blocks)),
+                                (direct(score(project(c, s), s), 4), (project(c, s), s), np_merge(c, s))):
+        with fuse(pipe, plan, parts): ours = run(pipe)
+        with apply_lora(pipe, merged): torch.testing.assert_close(run(pipe), ours, atol=2e-5, rtol=1e-4)
+
+
+def test_rules_in_the_conditional_half_alone():
+    "Every rule's option against a run whose two halves are computed by two fusions by hand."
+    from loramix.rules import RULES
+    from loramix.scores import score
+    pipe, bare = tiny.sd(), tiny.sd()
+    _, (c, s) = loras(pipe, layers=("to_q", "to_v"))
+    for name, rule in RULES.items():
+        extra = dict(subject_blocks=("down_blocks",), style_blocks=("up_blocks",)) if name == "blora" else {}
+        once = {} if name == "acfg" else dict(conditional_only=True)
+        plan = rule(score(c, s), 4, **extra, **once)
+        both = dataclasses.replace(plan, unconditional_choice=None)
+        with fuse(pipe, plan, (c, s)): ours = run(pipe)
+        class Halves(torch.nn.Module):
+            "The bare UNet for the first half, the fused one for the second."
+            config, dtype = bare.unet.config, torch.float32
+            def __getattr__(self, key): return getattr(bare.unet, key)
+            def forward(self, x, t, encoder_hidden_states=None, **kwargs):
+                return (torch.cat([unet(x[half], t, encoder_hidden_states=encoder_hidden_states[half], return_dict=False)[0] for unet, half in ((bare.unet, [0]), (pipe.unet, [1]))]),)
+        slow = tiny.sd(scheduler=pipe.scheduler)
+        slow.unet = Halves()
+        with fuse(pipe, both, (c, s)): wanted = run(slow)
+        torch.testing.assert_close(ours, wanted, atol=2e-5, rtol=1e-4, msg=name)
