@@ -11,7 +11,7 @@ __all__ = ['ROLES', 'DualEncoder', 'dual_encoder', 'judge', 'probe', 'probe_eye'
            'cluster_weights', 'resample_weights', 'effective_clusters', 'expand', 'Interval', 'bootstrap', 'compare',
            'holm', 'ceiling']
 
-# %% ../nbs/10_evaluate.ipynb #859b6044
+# %% ../nbs/10_evaluate.ipynb #722fb474
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ from PIL import Image
 from .probes import Encoder, find_encoder
 from .testbed import Demo
 
-# %% ../nbs/10_evaluate.ipynb #92f7dbf5
+# %% ../nbs/10_evaluate.ipynb #8d33c886
 ROLES = ("tune", "judge")
 
 @dataclass(frozen=True, eq=False)
@@ -45,7 +45,7 @@ class DualEncoder:
 
     def __repr__(self): return f"DualEncoder({self.name}, role {self.role!r})"
 
-# %% ../nbs/10_evaluate.ipynb #9c3bd3d7
+# %% ../nbs/10_evaluate.ipynb #71c32402
 @lru_cache(maxsize=4)
 def dual_encoder(
     name:str, # an open_clip model name, or "local-dir:FOLDER" with its config and safetensors weights
@@ -70,7 +70,7 @@ def dual_encoder(
 
 def _weights_digest(folder): return hashlib.sha256((folder/"open_clip_model.safetensors").read_bytes()).hexdigest()
 
-# %% ../nbs/10_evaluate.ipynb #12c0fc6f
+# %% ../nbs/10_evaluate.ipynb #e5c7d3ea
 def _early_maps(visual, batch):
     "Features of an early layer, [n, channels, h, w]: the first stage of a ResNet, the first block of a vision transformer."
     kept = []
@@ -82,7 +82,7 @@ def _early_maps(visual, batch):
     side = int(kept[0].shape[1]**.5)
     return kept[0][:, -side*side:].transpose(1, 2).unflatten(2, (side, side)).float()      # without the class token
 
-# %% ../nbs/10_evaluate.ipynb #1ed8ad83
+# %% ../nbs/10_evaluate.ipynb #0c0a5e6f
 def judge(
     world:Demo # the small world
 ) -> DualEncoder:
@@ -101,7 +101,7 @@ def probe_eye(
     "The probe encoder by the mean of its patches, for pictures only: its distances spread, while the class token puts any two different pictures far apart."
     return find_encoder(None, world.pipe)
 
-# %% ../nbs/10_evaluate.ipynb #9b88cdf1
+# %% ../nbs/10_evaluate.ipynb #0d4c7979
 @torch.no_grad()
 def zero_shot(
     encoder:DualEncoder, # sees pictures and texts
@@ -115,7 +115,7 @@ def zero_shot(
 def _text_vectors(encoder, texts):
     with torch.no_grad(): return encoder.embed_text(texts)
 
-# %% ../nbs/10_evaluate.ipynb #1a5e1ef1
+# %% ../nbs/10_evaluate.ipynb #fd29cba7
 @dataclass(frozen=True, eq=False)
 class Words:
     "The classes of a world: what a subject and a style may be called, and the text for each."
@@ -135,7 +135,7 @@ def world_words(
     (subjects, subject_texts), (styles, style_texts) = parts
     return Words(subjects, styles, subject_texts, style_texts)
 
-# %% ../nbs/10_evaluate.ipynb #1cc0a9a6
+# %% ../nbs/10_evaluate.ipynb #6cf0ec96
 @dataclass(frozen=True)
 class Case:
     "What a picture was meant to be."
@@ -158,7 +158,7 @@ class Metric:
     def __call__(self, images, cases): return self.measure(list(images), list(cases))
     def __repr__(self): return f"Metric({self.name}, role {self.role!r})"
 
-# %% ../nbs/10_evaluate.ipynb #3d99892f
+# %% ../nbs/10_evaluate.ipynb #408bc94b
 def both_metric(
     world:Demo, # brings the words and what each name is called
     encoder:DualEncoder|None=None, # None: the judge
@@ -179,7 +179,7 @@ def both_metric(
 
 def _digest(*things): return hashlib.sha256(repr(things).encode()).hexdigest()[:16]
 
-# %% ../nbs/10_evaluate.ipynb #a47e3587
+# %% ../nbs/10_evaluate.ipynb #9fb31f2a
 def harmonic(
     a, # numbers of at least 0, an array, a tensor or a float
     b # the same shape
@@ -188,7 +188,7 @@ def harmonic(
     total = a + b
     return 2*a*b/(total + (total == 0))
 
-# %% ../nbs/10_evaluate.ipynb #d3c665dc
+# %% ../nbs/10_evaluate.ipynb #bc1e6c45
 @torch.no_grad()
 def similarity(
     encoder:Encoder|DualEncoder, # sees pictures: CLIP gives CLIP-I, `loramix.probes.dino_encoder()` the DINO score
@@ -199,7 +199,7 @@ def similarity(
     a, b = (torch.nn.functional.normalize(encoder.embed(list(x)).double(), dim=-1) for x in (images, references))
     return a @ b.mean(0)
 
-# %% ../nbs/10_evaluate.ipynb #c1259038
+# %% ../nbs/10_evaluate.ipynb #d794de79
 @torch.no_grad()
 def text_similarity(
     encoder:DualEncoder, # sees pictures and texts
@@ -210,7 +210,7 @@ def text_similarity(
     prompts = [prompts]*len(images) if isinstance(prompts, str) else list(prompts)
     return (encoder.embed(list(images)).double()*_text_vectors(encoder, tuple(prompts)).double()).sum(-1)
 
-# %% ../nbs/10_evaluate.ipynb #3a091ae8
+# %% ../nbs/10_evaluate.ipynb #4263704a
 def gram(
     maps:torch.Tensor # features [n, channels, h, w]
 ) -> torch.Tensor: # [n, channels, channels]
@@ -229,7 +229,7 @@ def gram_distance(
     a, b = gram(encoder.maps(list(images))), gram(encoder.maps(list(references))).mean(0)
     return (a - b).flatten(1).norm(dim=1)
 
-# %% ../nbs/10_evaluate.ipynb #bc0e1a43
+# %% ../nbs/10_evaluate.ipynb #8fba59cc
 def truth_references(
     world:Demo, # the small world
     case:Case # what a picture was meant to be
@@ -241,7 +241,7 @@ def truth_references(
 @lru_cache(maxsize=512)
 def _truth(world, subject, style): return world.truth(subject, style)
 
-# %% ../nbs/10_evaluate.ipynb #9cc625e7
+# %% ../nbs/10_evaluate.ipynb #3b043842
 def fidelity_metric(
     world:Demo, # brings the references
     encoder:DualEncoder|None=None, # for CLIP-I, CLIP-T and Gram; None: the probe encoder
@@ -261,7 +261,7 @@ def fidelity_metric(
     key = f"fidelity 1 {prefix} {encoder.key} {eye.key} {first.key or first.name} {references.__module__}.{references.__qualname__}"
     return Metric(f"{prefix}fidelity", encoder.role, measure, key)
 
-# %% ../nbs/10_evaluate.ipynb #e91c54f7
+# %% ../nbs/10_evaluate.ipynb #244b440c
 def pixels(
     images # n PIL images of one size
 ) -> torch.Tensor: # [n, 3, h, w] in 0 … 1
@@ -281,7 +281,7 @@ def registered(
     down, right = divmod(error.argmin().item(), error.shape[1])
     return views[:, down, right]
 
-# %% ../nbs/10_evaluate.ipynb #04d57628
+# %% ../nbs/10_evaluate.ipynb #963d0c08
 @torch.no_grad()
 def truth_metric(
     world:Demo, # brings the true pictures
@@ -298,7 +298,7 @@ def truth_metric(
         return found
     return Metric("truth", getattr(encoder, "role", "tune"), measure, f"truth 1 {reach} {encoder.key}")
 
-# %% ../nbs/10_evaluate.ipynb #6c5fb0ad
+# %% ../nbs/10_evaluate.ipynb #38fe30ac
 @torch.no_grad()
 def _distances(image, truth, encoder, reach):
     "PSNR, SSIM and perceptual distance of a picture to the truth."
@@ -309,7 +309,7 @@ def _distances(image, truth, encoder, reach):
     psnr = peak_signal_noise_ratio(moved, goal, data_range=1.).item()
     return dict(psnr=min(psnr, 99.), ssim=structural_similarity_index_measure(moved, goal, data_range=1.).item(), perceptual=1 - (a @ b).item())
 
-# %% ../nbs/10_evaluate.ipynb #b2a046b0
+# %% ../nbs/10_evaluate.ipynb #bb961f75
 @torch.no_grad()
 def diversity(
     encoder:Encoder|DualEncoder, # sees pictures
@@ -320,7 +320,7 @@ def diversity(
     vectors = torch.nn.functional.normalize(encoder.embed(list(images)).double(), dim=-1)
     return float(np.mean([1 - (vectors[i] @ vectors[j]).item() for i, j in combinations(range(len(vectors)), 2)]))
 
-# %% ../nbs/10_evaluate.ipynb #58e1be56
+# %% ../nbs/10_evaluate.ipynb #2eb1d287
 def cluster_weights(
     labels, # the cluster of each of n rows
     draws:int, # number of bootstrap draws
@@ -343,7 +343,7 @@ def resample_weights(
     weights = weights[weights.sum(1) > 0].astype(np.float64)                     # a sparse design may miss every pair that was drawn
     return weights/weights.sum(1, keepdims=True)
 
-# %% ../nbs/10_evaluate.ipynb #bfc981d7
+# %% ../nbs/10_evaluate.ipynb #0a72d796
 def effective_clusters(
     values:np.ndarray, # [n] or [n, k]
     subjects, # the subject of each row
@@ -364,18 +364,18 @@ def expand(
     tail:float, # probability of a normal tail, such as 0.025
     clusters:float # number of clusters
 ) -> float: # the tail to take of the bootstrap draws, further out
-    "The expanded percentile interval (Hesterberg 2015, arXiv 1411.5279, section 5.3): Φ(√(n/(n−1))·t)."
+    "The expanded percentile interval (Hesterberg 2015, arXiv 1411.5279): Φ(√(n/(n−1))·t)."
     from scipy import stats
     return float(stats.norm.cdf(np.sqrt(clusters/(clusters - 1))*stats.t.ppf(tail, clusters - 1))) if np.isfinite(clusters) else tail
 
-# %% ../nbs/10_evaluate.ipynb #26b9cd33
+# %% ../nbs/10_evaluate.ipynb #d2a61bee
 @dataclass(frozen=True)
 class Interval:
     "A number with its bootstrap interval."
     value:float # from all rows
     low:float # lower end
     high:float # upper end
-    p:float|None=None # for a difference: two-sided bootstrap p of no difference
+    p:float|None=None # for a difference: two-sided p of no difference
 
     @property
     def excludes_zero(self) -> bool:
@@ -384,7 +384,7 @@ class Interval:
 
     def __str__(self): return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
 
-# %% ../nbs/10_evaluate.ipynb #71d93a1d
+# %% ../nbs/10_evaluate.ipynb #4c5474a1
 def bootstrap(
     values, # [n], or [n, k] for a statistic of k means
     subjects, # the subject of each row
@@ -404,7 +404,7 @@ def bootstrap(
     low, high = np.quantile(drawn, [tail, 1 - tail])
     return Interval(float(statistic(values.mean(0))), float(low), float(high))
 
-# %% ../nbs/10_evaluate.ipynb #73f74b56
+# %% ../nbs/10_evaluate.ipynb #c7ca3b74
 def compare(
     a, # values of one method, [n]
     b, # values of another on the same pairs and seeds, in the same order, [n]
@@ -415,20 +415,21 @@ def compare(
     draws:int=4000, # number of bootstrap draws
     seed:int=0 # of the draws
 ) -> Interval: # of the mean of a − b
-    "The paired difference of two methods. p is the level at which the interval would just touch zero. `ValueError` where the rows do not match."
+    "The paired difference of two methods. p is Student's, of the difference over its bootstrap deviation, with the effective clusters. `ValueError` where the rows do not match."
     a, b = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
     if a.shape != b.shape: raise ValueError(f"A paired comparison needs the same rows on both sides; got {a.shape} and {b.shape}.")
     found = bootstrap(a - b, subjects, styles, level=level, draws=draws, seed=seed)
     drawn = resample_weights(subjects, styles, draws, seed) @ (a - b)
-    share = (1 + min((drawn <= 0).sum(), (drawn >= 0).sum()))/(len(drawn) + 1)
-    return Interval(found.value, found.low, found.high, 1. if share >= .5 else 2*_contract(share, effective_clusters(a - b, subjects, styles)))
+    return Interval(found.value, found.low, found.high, _student(found.value, drawn.std(), effective_clusters(a - b, subjects, styles)))
 
-def _contract(tail, clusters):
-    "The way back from `expand`: the tail of Student's t that belongs to a share of the draws."
+def _student(value, deviation, clusters):
+    "Two-sided p of a value over its bootstrap deviation, which is too small by √((n−1)/n)."
     from scipy import stats
-    return float(stats.t.cdf(np.sqrt((clusters - 1)/clusters)*stats.norm.ppf(tail), clusters - 1)) if np.isfinite(clusters) else float(tail)
+    if deviation <= 1e-12*abs(value) or deviation == 0: return 1. if value == 0 else 0.
+    if not np.isfinite(clusters): return float(2*stats.norm.sf(abs(value)/deviation))
+    return float(2*stats.t.sf(abs(value)/(deviation*np.sqrt(clusters/(clusters - 1))), clusters - 1))
 
-# %% ../nbs/10_evaluate.ipynb #4031671e
+# %% ../nbs/10_evaluate.ipynb #7b75e67d
 def holm(
     p # p-values, [n]
 ) -> np.ndarray: # corrected, [n]
@@ -439,7 +440,7 @@ def holm(
     corrected[order] = np.minimum(1, np.maximum.accumulate(p[order]*np.arange(len(p), 0, -1)))
     return corrected
 
-# %% ../nbs/10_evaluate.ipynb #9f87ab07
+# %% ../nbs/10_evaluate.ipynb #55ec3a72
 def ceiling(
     subject_alone, # P(right subject) of the subject LoRA alone on each picture, [n]
     style_alone # P(right style) of the style LoRA alone on the same prompts and seeds, [n]

@@ -8,7 +8,7 @@ Docs: https://loramix.github.io/loramix/votes.html.md"""
 __all__ = ['Question', 'make_ballot', 'Vote', 'add_vote', 'read_votes', 'bradley_terry', 'rank', 'agreement', 'question_pictures',
            'vote', 'vote_page', 'read_page_votes']
 
-# %% ../nbs/10b_votes.ipynb #c2b9d5bf
+# %% ../nbs/10b_votes.ipynb #7f40da76
 import base64, html, io, json, os, secrets, time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,7 +18,7 @@ import numpy as np
 from .evaluate import Interval, bootstrap, resample_weights
 from .sweeps import Sweep
 
-# %% ../nbs/10b_votes.ipynb #bfaed373
+# %% ../nbs/10b_votes.ipynb #ea6cc92f
 @dataclass(frozen=True)
 class Question:
     "Two pictures of one pair with one seed."
@@ -46,7 +46,7 @@ def make_ballot(
     drawn = [places[i] for _ in range(-(-count//len(places))) for i in rng.permutation(len(places))][:count]
     return [Question(i, *pair, s, *(meeting if rng.random() < .5 else meeting[::-1])) for i, (meeting, (pair, s)) in enumerate(zip(order, drawn))]
 
-# %% ../nbs/10b_votes.ipynb #e6b012b7
+# %% ../nbs/10b_votes.ipynb #d48bfd25
 @dataclass(frozen=True)
 class Vote:
     "One answer."
@@ -72,7 +72,7 @@ def add_vote(
         file.flush()
         os.fsync(file.fileno())
 
-# %% ../nbs/10b_votes.ipynb #472a58f5
+# %% ../nbs/10b_votes.ipynb #f3b7aa00
 def read_votes(
     *paths # files of `add_vote`
 ) -> list: # of Vote
@@ -86,7 +86,7 @@ def read_votes(
             found[vote.voter, vote.subject, vote.style, vote.seed, frozenset((vote.left, vote.right))] = vote
     return list(found.values())
 
-# %% ../nbs/10b_votes.ipynb #fdea2cc3
+# %% ../nbs/10b_votes.ipynb #4c068ef4
 def bradley_terry(
     left, # number of the left method of each vote, [n]
     right, # number of the right method, [n]
@@ -107,7 +107,7 @@ def bradley_terry(
     s = minimize(loss, np.zeros(count), jac=True, method="BFGS", options=dict(gtol=1e-8)).x
     return s - s.mean()
 
-# %% ../nbs/10b_votes.ipynb #5f87c91d
+# %% ../nbs/10b_votes.ipynb #6618ccf1
 def rank(
     votes, # of Vote
     *,
@@ -132,7 +132,7 @@ def _as_numbers(votes, names):
     number, share = {name: i for i, name in enumerate(names)}, dict(left=1., right=0., tie=.5)
     return np.array([number[v.left] for v in votes]), np.array([number[v.right] for v in votes]), np.array([share[v.choice] for v in votes])
 
-# %% ../nbs/10b_votes.ipynb #e9558a9a
+# %% ../nbs/10b_votes.ipynb #39388402
 def agreement(
     votes, # of Vote
     frame, # `Sweep.frame`: metric columns by method, subject, style, seed
@@ -153,7 +153,7 @@ def agreement(
         lines.append(dict(metric=column, agreement=found.value, agreement_low=found.low, agreement_high=found.high, votes=len(decided)))
     return pd.DataFrame(lines).set_index("metric")
 
-# %% ../nbs/10b_votes.ipynb #1b2c7857
+# %% ../nbs/10b_votes.ipynb #3210daf2
 def question_pictures(
     made:Sweep, # the sweep that drew
     question:Question # which
@@ -169,7 +169,7 @@ def _plain_drawing(world, subject):
     from PIL import Image
     return Image.open(world.folder/"truth"/f"{subject}__flat.png").convert("RGB")
 
-# %% ../nbs/10b_votes.ipynb #f31a8e15
+# %% ../nbs/10b_votes.ipynb #467a27bd
 def vote(
     made:Sweep, # the sweep that drew
     path="votes.jsonl", # the file of votes
@@ -220,7 +220,7 @@ def _voting_box(made, ballot, path, voter):
 
     return VotingBox()
 
-# %% ../nbs/10b_votes.ipynb #9910f1b8
+# %% ../nbs/10b_votes.ipynb #aaa52134
 def _data_url(image):
     "A PIL image as a data URL, without any metadata that names a method."
     file = io.BytesIO()
@@ -233,7 +233,7 @@ def _question_html(seen, width=160):
     cell = lambda side: "<div>" + "".join(f'<img alt="{names[side]}" width="{width if side in ("left", "right") else width//2}" style="image-rendering:pixelated;margin:2px" src="{_data_url(image)}">' for image in seen[side]) + f"<br>{names[side]}</div>"
     return '<div style="display:flex;gap:1.5rem;align-items:end;text-align:center">' + "".join(cell(side) for side in names if side in seen) + "</div>"
 
-# %% ../nbs/10b_votes.ipynb #d31a7b0b
+# %% ../nbs/10b_votes.ipynb #b680f301
 def vote_page(
     made:Sweep, # the sweep that drew
     path, # the HTML file to write; the key goes beside it, as NAME.key.json
@@ -251,7 +251,7 @@ def vote_page(
     key.write_text(json.dumps(dict(kind="loramix vote key", page=page, ballot=[asdict(q) for q in ballot]), ensure_ascii=False, indent=1), encoding="utf-8")
     return key
 
-# %% ../nbs/10b_votes.ipynb #f61b609a
+# %% ../nbs/10b_votes.ipynb #21720d51
 _PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>Which one is better?</title>
 <style>body{font:17px/1.5 system-ui,sans-serif;color:#222;background:#fdfcf9;max-width:52rem;margin:1.5rem auto;padding:0 1rem}.row{display:flex;gap:2rem;align-items:end;flex-wrap:wrap;text-align:center}
 img{image-rendering:pixelated;margin:2px;background:#fff}.small img{width:96px}.big img{width:224px}button{font:inherit;padding:.5rem 1rem;margin:1rem .5rem 0 0}input{font:inherit}</style>
@@ -289,7 +289,7 @@ show();
 </script></html>
 """
 
-# %% ../nbs/10b_votes.ipynb #a17922ff
+# %% ../nbs/10b_votes.ipynb #f0a19092
 def read_page_votes(
     key, # the key that `vote_page` wrote
     *paths # files that voters saved
