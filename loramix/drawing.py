@@ -10,10 +10,10 @@ __all__ = ['PAPER', 'INK', 'FAINT', 'SUBJECT', 'STYLE', 'OTHER', 'NEITHER', 'BOT
            'ROLE_COLOURS', 'rgb', 'cell_colours', 'as_numbers', 'split_name', 'flow_key', 'layer_order', 'Place',
            'layer_place', 'Run', 'runs', 'layer_blocks', 'plain', 'figure_png', 'Drawing', 'sheet', 'write', 'paint',
            'room', 'text_width', 'shorten', 'wrap', 'head', 'Rows', 'merge_blocks', 'row_tops', 'thin', 'row_label',
-           'give_way', 'label_columns', 'lay_rows', 'draw_labels', 'rows_page', 'check_roles', 'check_table',
-           'both_sides', 'side_names', 'step_width', 'step_ticks', 'name_axis', 'step_axis', 'draw_map', 'plan_map',
-           'repaint', 'as_picture', 'fit_picture', 'set_picture', 'write_lines', 'fit_pictures', 'grid_page',
-           'place_picture', 'strip', 'contact_sheet']
+           'give_way', 'label_columns', 'row_hint', 'lay_rows', 'draw_labels', 'rows_page', 'check_roles',
+           'check_table', 'both_sides', 'side_names', 'step_width', 'step_ticks', 'name_axis', 'step_axis', 'draw_map',
+           'plan_map', 'repaint', 'as_picture', 'fit_picture', 'set_picture', 'write_lines', 'fit_pictures',
+           'grid_page', 'place_picture', 'strip', 'contact_sheet']
 
 # %% ../nbs/00_drawing.ipynb #6798af06
 import functools, io, re
@@ -297,6 +297,7 @@ class Rows(NamedTuple):
     top: np.ndarray # [layers] pixel at which each row begins
     height: int     # pixels per row
     columns: list   # label columns from left to right, each a list of (label, first pixel, last pixel)
+    hint: str = ""  # what the rows of an attention are, where they are too low for labels of their own
 
     @property
     def bottom(self): return int(self.top[-1] + self.height)
@@ -370,6 +371,15 @@ def label_columns(places, top, height:int) -> list:
     return [columns[0], give_way(columns[1]), give_way(columns[2])]
 
 # %% ../nbs/00_drawing.ipynb #4939de0e
+def row_hint(
+    places # `Place` of each row, in the order of the rows
+) -> str: # such as "rows of an attention: q, k, v, out"; empty where the attentions have no common order
+    "The order of the rows inside each attention: the longest, where all others are that without some."
+    orders = {tuple(place.role for place in places[a:b]) for (part, *_), a, b in runs([(place.part, *place[:3]) for place in places]) if part.startswith("attn")}
+    longest = max(orders, key=len, default=())
+    common = all([role for role in longest if role in order] == list(order) for order in orders)
+    return f"rows of an attention: {', '.join(longest)}" if common and len(longest) > 1 else ""
+
 def lay_rows(
     layers, # layer names, in any order
     tall:int=660 # pixels the rows may take without their gaps; with more layers than that, a row is one pixel all the same
@@ -380,7 +390,7 @@ def lay_rows(
     height = int(np.clip(tall // max(len(places), 1), 1, 16))
     places = merge_blocks(places, height)
     top = row_tops(places, height)
-    return Rows(order, top, height, label_columns(places, top, height))
+    return Rows(order, top, height, label_columns(places, top, height), row_hint(places) if height < LINE else "")
 
 # %% ../nbs/00_drawing.ipynb #25031850
 def draw_labels(fig, rows:Rows, x:float, y:float) -> None:
@@ -404,7 +414,7 @@ def rows_page(
 ) -> tuple: # (page, pixel at which the first row begins)
     "A page with title, legend and the labels of its rows."
     width = max(right + 20, 460)
-    draw_head, y = head(title, legend, width)
+    draw_head, y = head(title, [*legend, *([([], rows.hint)] if rows.hint else [])], width)
     fig = sheet(width, y + rows.bottom + 46)
     draw_head(fig)
     draw_labels(fig, rows, 8, y)
