@@ -6,11 +6,11 @@ Docs: https://loramix.github.io/loramix/samplers.html.md"""
 
 # %% auto #0
 __all__ = ['log', 'MEASURES', 'SAMPLERS', 'METHODS', 'Attached', 'constant_plan', 'apply_lora', 'each_alone', 'mean_output',
-           'Composite', 'composite', 'moved_kl', 'moved_dot', 'layer_part', 'read', 'Dynamic', 'dynamic',
+           'Composite', 'composite', 'acting', 'moved_kl', 'moved_dot', 'layer_part', 'read', 'Dynamic', 'dynamic',
            'shared_sites', 'rank_grams', 'ssr_lora', 'ssr', 'record_calls', 'first_tensor', 'Zipped', 'overlap',
            'zip_mergers', 'zip_lora', 'ziplora', 'attach']
 
-# %% ../nbs/06a_samplers.ipynb #f82aa541
+# %% ../nbs/06a_samplers.ipynb #a39254ca
 import itertools, logging, secrets
 
 import torch
@@ -24,10 +24,10 @@ from .plan import Plan, make_plan
 from .rules import conditional_only as half_only
 from .scores import paired_layers
 
-# %% ../nbs/06a_samplers.ipynb #d93ce093
+# %% ../nbs/06a_samplers.ipynb #d332b1d7
 log = logging.getLogger("loramix")
 
-# %% ../nbs/06a_samplers.ipynb #f099ab60
+# %% ../nbs/06a_samplers.ipynb #3990cca7
 class Attached:
     "A method at work on a pipeline. Call it like the pipeline; `remove()` gives the pipeline back as it was. Also a context manager."
     def __init__(self, fusion:Fusion, name:str, lora:LoRA|None=None): self.pipe, self.fusion, self.name, self.lora = fusion.pipe, fusion, name, lora
@@ -59,7 +59,7 @@ class Attached:
     def __exit__(self, *error): self.remove()
     def __repr__(self): return f"Attached({self.name}; {' + '.join(lora.name for lora in self.fusion.loras)}; {'at work' if self.fusion.handles else 'removed'})"
 
-# %% ../nbs/06a_samplers.ipynb #2bc6e1fc
+# %% ../nbs/06a_samplers.ipynb #bbccebee
 def constant_plan(
     of:Sides, # LoRAs, roles, strengths
     steps:int, # number of steps
@@ -83,7 +83,7 @@ def apply_lora(
     planner = lambda steps: half_only(constant_plan(of, steps)) if conditional_only else constant_plan(of, steps)
     return Attached(fuse(pipe, planner, of.loras), name or of.loras[0].name, of.loras[0])
 
-# %% ../nbs/06a_samplers.ipynb #c1a9e8fd
+# %% ../nbs/06a_samplers.ipynb #5750d45c
 def each_alone(
     table:Tensor # weights [steps, sites, loras]
 ) -> Tensor: # [steps·loras, sites, loras]: for each step a row for each LoRA, with the others at 0
@@ -100,7 +100,7 @@ def mean_output(
     if isinstance(first, dict): return type(first)(**{key: mean_output([o[key] for o in outputs]) for key in first})
     return type(first)(mean_output(parts) for parts in zip(*outputs))
 
-# %% ../nbs/06a_samplers.ipynb #c2cefab3
+# %% ../nbs/06a_samplers.ipynb #ce74160b
 class Composite(Fusion):
     "A fusion that calls the denoiser once for each LoRA alone and gives the mean of the outputs."
     call, turn = None, 0
@@ -137,7 +137,7 @@ class Composite(Fusion):
         finally: self.inside, self.turn = None, 0
         return outputs
 
-# %% ../nbs/06a_samplers.ipynb #384a9d87
+# %% ../nbs/06a_samplers.ipynb #2556d9b7
 def composite(
     pipe, # a diffusers pipeline
     subject, # the subject LoRA, or a list
@@ -146,10 +146,18 @@ def composite(
     strengths=None # factor of (subject, style), or one for each LoRA; None: 1
 ) -> Attached:
     "LoRA Composite (Multi-LoRA Composition, arXiv 2402.16843): the mean of one guidance per LoRA, N forwards a step. Text encoder layers of all LoRAs act throughout."
-    of = sides(subject, style, strengths)
+    of = acting(sides(subject, style, strengths))
     return Attached(fuse(pipe, lambda steps: constant_plan(of, steps), of.loras, kind=Composite), "composite")
 
-# %% ../nbs/06a_samplers.ipynb #2cf6657c
+def acting(
+    of:Sides # LoRAs, roles, strengths
+) -> Sides: # those whose strength is not 0
+    "Without the LoRAs that are switched off: an average must not count them. `ValueError` where none is left."
+    on = [i for i, strength in enumerate(of.strengths) if strength]
+    if not on: raise ValueError(f"LoRA Composite averages LoRAs that act; the strengths are all 0: {list(of.strengths)}.")
+    return Sides(*(tuple(values[i] for i in on) for values in (of.loras, of.roles, of.strengths)))
+
+# %% ../nbs/06a_samplers.ipynb #49ebdd6e
 def moved_kl(
     base:Tensor, # y, batch first, features last [batch, …, f]
     moved:Tensor # y_i, same shape
@@ -168,7 +176,7 @@ def moved_dot(
 
 MEASURES = dict(kl=moved_kl, dot=moved_dot)
 
-# %% ../nbs/06a_samplers.ipynb #1aac514a
+# %% ../nbs/06a_samplers.ipynb #e238b3fd
 def layer_part(
     module:nn.Module, # a Linear or Conv layer
     x:Tensor, # its input
@@ -190,7 +198,7 @@ def read(
 
 def _conv(module): return F.conv1d if isinstance(module, nn.Conv1d) else F.conv2d
 
-# %% ../nbs/06a_samplers.ipynb #73247c17
+# %% ../nbs/06a_samplers.ipynb #444c3592
 class Dynamic(Fusion):
     "A fusion that leaves the weights alone and lets, in each layer at each step, the LoRA act whose part moves the output more."
     measure, halved = staticmethod(moved_dot), False
@@ -238,7 +246,7 @@ class Dynamic(Fusion):
         for (step, i), winner in self.taken.items(): choice[step, i, self.acting[i][int(winner[0])]] = 1.
         return make_plan(choice, [site.name for site in self.editor.sites], made.loras, made.roles, dict(name="dynamic"), strengths=made.strengths)
 
-# %% ../nbs/06a_samplers.ipynb #c0fec86d
+# %% ../nbs/06a_samplers.ipynb #d8449da3
 def dynamic(
     pipe, # a diffusers pipeline
     subject, # the subject LoRA, or a list
@@ -254,7 +262,7 @@ def dynamic(
     fusion.measure = MEASURES[measure]
     return Attached(fusion, f"dynamic {measure}")
 
-# %% ../nbs/06a_samplers.ipynb #ac297885
+# %% ../nbs/06a_samplers.ipynb #52b5abbd
 def _prompts(prompts, of):
     "A prompt for each LoRA. `ValueError` where the number does not fit."
     prompts = [prompts]*len(of.loras) if isinstance(prompts, str) else list(prompts)
@@ -275,7 +283,7 @@ def shared_sites(
     names = [layer for layer in paired_layers(of.loras) if sum(layer in lora.layers for lora in of.loras) > 1]
     return find_sites(pipe, of.loras, names)
 
-# %% ../nbs/06a_samplers.ipynb #d5b2447f
+# %% ../nbs/06a_samplers.ipynb #e878ed2c
 def rank_grams(
     pipe, # a diffusers pipeline
     subject, # the subject LoRA, or a list
@@ -312,7 +320,7 @@ def _run(pipe, prompt, seed, run):
     "One run of the pipeline to latents, which nobody looks at."
     return pipe(prompt, generator=torch.Generator("cpu").manual_seed(seed), **{**run, "output_type": "latent"})
 
-# %% ../nbs/06a_samplers.ipynb #575afb49
+# %% ../nbs/06a_samplers.ipynb #8f953d4e
 def ssr_lora(
     pipe, # a diffusers pipeline; as before to the bit afterwards
     subject, # the subject LoRA, or a list
@@ -342,7 +350,7 @@ def ssr(
     "SSR-Merge at work: calibrate, merge, attach."
     return apply_lora(pipe, ssr_lora(pipe, subject, style, prompts=prompts, strengths=strengths, ridge=ridge, seed=seed, **run), conditional_only=conditional_only, name="ssr")
 
-# %% ../nbs/06a_samplers.ipynb #dd5b4d54
+# %% ../nbs/06a_samplers.ipynb #1d5cb2ea
 def record_calls(
     pipe, # a diffusers pipeline with LoRAs attached, or none
     prompt:str, # the prompt
@@ -365,7 +373,7 @@ def first_tensor(
     "The prediction itself."
     return output if torch.is_tensor(output) else output[0]
 
-# %% ../nbs/06a_samplers.ipynb #30c2a41c
+# %% ../nbs/06a_samplers.ipynb #d30259ec
 class Zipped:
     "Layers whose outputs get each LoRA's part with factors on its columns, while the context lasts."
     def __init__(self, sites, strengths, mergers): self.sites, self.strengths, self.mergers, self.handles = sites, strengths, mergers, []
@@ -386,7 +394,7 @@ class Zipped:
 
     def __exit__(self, *error): [handle.remove() for handle in self.handles]
 
-# %% ../nbs/06a_samplers.ipynb #5c25e1fc
+# %% ../nbs/06a_samplers.ipynb #555e6828
 def overlap(
     mergers:dict # layer -> a tensor [in] for each LoRA
 ) -> Tensor: # one number
@@ -443,7 +451,7 @@ def _miss(denoiser, calls, bases, i):
     got = first_tensor(denoiser(*args, **kwargs)).float()
     return (got - wanted.float()).square().mean()/(wanted - bases[i]).float().square().mean().clamp_min(1e-12)
 
-# %% ../nbs/06a_samplers.ipynb #9f94a214
+# %% ../nbs/06a_samplers.ipynb #9cd2cf0f
 def zip_lora(
     pipe, # a diffusers pipeline; as before to the bit afterwards
     subject, # the subject LoRA, or a list
@@ -477,7 +485,7 @@ def ziplora(
     "ZipLoRA at work: optimise, merge, attach."
     return apply_lora(pipe, zip_lora(pipe, subject, style, prompts=prompts, strengths=strengths, **settings), conditional_only=conditional_only, name="zip")
 
-# %% ../nbs/06a_samplers.ipynb #7ab0a034
+# %% ../nbs/06a_samplers.ipynb #55088c6d
 SAMPLERS = dict(composite=composite, dynamic=dynamic, ssr=ssr, zip=ziplora)
 METHODS = (*MERGES, *SAMPLERS)
 
