@@ -3,7 +3,7 @@
     python benchmarks/widget_speed.py [--moves 50] [--slider beta]
 
 Starts a JupyterLab of its own on 127.0.0.1 and a headless Chromium, and runs the explorer in a notebook. A move is one press of an arrow key on the slider; its time ends
-with the second frame that the browser paints after the new picture has been decoded. Needs Chromium, and pip install playwright jupyterlab. The machine should do nothing else."""
+when the browser has decoded the new picture and painted it. Needs Chromium, and pip install playwright jupyterlab. The machine should do nothing else."""
 import argparse, json, statistics, sys, tempfile
 from pathlib import Path
 

@@ -108,7 +108,7 @@ def in_kernel(tab, code):
     return json.loads(tab.evaluate(IN_KERNEL, code))
 
 
-# Runs in the page: resolves with the milliseconds from a key on a slider to the new picture on the screen.
+# Runs in the page: resolves with the milliseconds from a key on a slider to the new picture, decoded and painted (a message that is posted in a frame arrives after its painting).
 TIME_OF_MOVE = """async ([slider, image, key]) => {
     const handle = document.querySelector(slider), picture = document.querySelector(image);
     handle.focus();
@@ -119,7 +119,7 @@ TIME_OF_MOVE = """async ([slider, image, key]) => {
             if (picture.src === before) return;
             watcher.disconnect(); clearTimeout(limit);
             await picture.decode();
-            requestAnimationFrame(() => requestAnimationFrame(() => resolve(performance.now() - start)));
+            requestAnimationFrame(() => { const {port1, port2} = new MessageChannel(); port2.onmessage = () => resolve(performance.now() - start); port1.postMessage(0); });
         });
         watcher.observe(picture, {attributes: true, attributeFilter: ['src']});
     });

@@ -64,7 +64,7 @@ def test_sliders_by_keyboard_and_mouse(tab, name):
         tab.keyboard.press("ArrowLeft")
         box = track.bounding_box()
         tab.mouse.click(box["x"] + .25*box["width"], box["y"] + box["height"]/2)
-        tab.wait_for_function("n => Math.abs(parseFloat(document.querySelector(`.loramix-explorer:not(.large) .loramix-${n} input`).value) - .5) < .1", arg=name)
+        tab.wait_for_function("n => Math.abs(parseFloat(document.querySelector(`.loramix-explorer:not(.large) .loramix-${n} .widget-readout`).innerText) - .5) < .1", arg=name)
         return no_errors(tab)
     changes(tab, lambda: tab.keyboard.press("ArrowRight"))
     box = track.bounding_box()

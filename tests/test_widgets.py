@@ -98,11 +98,11 @@ def test_measured_values_are_exact_until_moved():
 def test_step_and_layer(large):
     e = explore(large, steps=10)
     e.steps.slider.value = 7
-    assert e.stage.frame.get_x() == 6.5 and "step <b>7</b> of 0 … 9" in e.steps.words.value
+    assert e.stage.frame.get_x() == 6.5 and "<b>Step 7</b> of 0 … 9" in e.words.value
     turning = int(np.flatnonzero((np.diff(e.plan.choice[..., 0].numpy(), axis=0) != 0).sum(0) == 1)[0])
     at = int(np.flatnonzero(np.diff(e.plan.choice[:, turning, 0].numpy()))[0]) + 1
     e.layers.height.value = -int(e.stage.rows.top[e.stage.rows.order.index(turning)])
-    assert e.layers.value == turning and f"at step {at} (p" in e.layers.words.value and layer_label(large.layers[turning]).endswith(e.layers.layer.label)
+    assert e.layers.value == turning and f"at step {at} (p" in e.words.value and layer_label(large.layers[turning]).endswith(e.layers.layer.label)
     e.layers.block.value = "mid"
     assert large.layers[e.layers.value].startswith("unet.mid_block") and -e.layers.height.value == e.stage.rows.top[e.stage.rows.order.index(e.layers.value)]
     e.controls.steps.value = 5
@@ -135,7 +135,7 @@ def test_layers_of_one_file_only():
     e = explore(score(one, two), steps=6)
     alone = next(i for i, here in enumerate(e.scores.present) if not here.all())
     e.layers.choose(alone)
-    assert "Only state dict holds this layer" in e.layers.words.value
+    assert "Only state dict holds this layer" in e.words.value
     assert "above the frame" in e.stage.above.get_text()
 
 
