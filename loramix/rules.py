@@ -7,7 +7,7 @@ Docs: https://loramix.github.io/loramix/rules.html.md"""
 # %% auto #0
 __all__ = ['RULES', 'conditional_only', 'est', 'klora', 'topk', 'direct', 'switch', 'windows', 'acfg', 'blora', 'rule_named']
 
-# %% ../nbs/05_rules.ipynb #88a46083
+# %% ../nbs/05_rules.ipynb #d15b8ee3
 from dataclasses import replace
 
 import numpy as np
@@ -16,7 +16,7 @@ from .merges import default_blocks, in_blocks
 from .plan import Plan, check_steps, index_progress, make_plan, ramp
 from .scores import Scores, balance as balance_of
 
-# %% ../nbs/05_rules.ipynb #642d81a9
+# %% ../nbs/05_rules.ipynb #3f002c25
 def _unpaired(choice, scores, unpaired):
     "Settle the layers that only one side holds: [steps, layers, loras], changed in place."
     if unpaired not in ("keep", "drop"): raise ValueError(f'unpaired is "keep" or "drop"; got {unpaired!r}.')
@@ -25,14 +25,14 @@ def _unpaired(choice, scores, unpaired):
     choice[:, alone] = scores.present[alone] if unpaired == "keep" else 0.
     return choice
 
-# %% ../nbs/05_rules.ipynb #2bc23314
+# %% ../nbs/05_rules.ipynb #5afde74a
 def _sides(table, scores, gamma):
     "The best balanced subject and the best style of each layer: their scores and their columns, each [layers]."
     subjects, styles = scores.columns("subject"), scores.columns("style")
     c, s = table[:, subjects]/gamma, table[:, styles]
     return c.max(1), np.array(subjects)[c.argmax(1)], s.max(1), np.array(styles)[s.argmax(1)]
 
-# %% ../nbs/05_rules.ipynb #ab99d3f7
+# %% ../nbs/05_rules.ipynb #62ae26cb
 def _place(share, subject, style, loras):
     "A [steps, layers, loras] choice from the (subject, style) weights [2, steps, layers] and the columns of the two."
     choice = np.zeros((*share.shape[1:], loras))
@@ -41,7 +41,7 @@ def _place(share, subject, style, loras):
     choice[rows, layers, style] = share[1]
     return choice
 
-# %% ../nbs/05_rules.ipynb #2137c46f
+# %% ../nbs/05_rules.ipynb #791c7192
 def _contest(
     subject, # the subject's side of the rule, [layers] or [steps, layers]
     style, # the style's side, times the ramp, [steps, layers]
@@ -54,19 +54,19 @@ def _contest(
     d = np.nan_to_num(d, nan=-np.inf, posinf=np.inf, neginf=-np.inf)/temperature
     return np.stack([np.exp(np.minimum(d, 0)), np.exp(np.minimum(-d, 0))])
 
-# %% ../nbs/05_rules.ipynb #e4d82bbd
+# %% ../nbs/05_rules.ipynb #41ca6f94
 def _check_temperature(temperature):
     "Raise `ValueError` unless the temperature is a number of at least 0."
     if not (np.isfinite(temperature) and temperature >= 0):
         raise ValueError(f"temperature is 0 for a one-hot choice or a number above 0 for a soft one; got {temperature!r}.")
 
-# %% ../nbs/05_rules.ipynb #f46c93cc
+# %% ../nbs/05_rules.ipynb #a58ddce6
 def _official_progress(steps, layers):
     "The authors' continuous time, [steps, layers]: p of each layer call, the last one wrapped to 0."
     count = np.arange(1, steps*layers + 1).reshape(steps, layers)
     return (count % (steps*layers))/(steps*layers)
 
-# %% ../nbs/05_rules.ipynb #5178f315
+# %% ../nbs/05_rules.ipynb #46a47f62
 def _timed(scores, steps, parity, progress):
     "The scores a timed rule reads, the progress that goes into the ramp ([steps, 1], or [steps, layers] for parity) and the steps' own progress."
     check_steps(steps)
@@ -76,7 +76,7 @@ def _timed(scores, steps, parity, progress):
     if len(progress) != steps: raise ValueError(f"progress needs one number for each of the {steps} steps; got {len(progress)}.")
     return scores, np.array(progress)[:, None], progress
 
-# %% ../nbs/05_rules.ipynb #edc40967
+# %% ../nbs/05_rules.ipynb #9a805ce0
 def conditional_only(
     plan:Plan # any plan
 ) -> Plan: # the same choice in the conditional half of guidance; in the unconditional half no subject and no style
@@ -89,7 +89,7 @@ def _half(plan, alone):
     "The plan, in the conditional half alone where that is asked for."
     return conditional_only(plan) if alone else plan
 
-# %% ../nbs/05_rules.ipynb #fa8a3222
+# %% ../nbs/05_rules.ipynb #e88c9170
 def est(
     scores:Scores, # what `loramix.score` gave for the files
     steps:int=50, # number of denoising steps
@@ -114,13 +114,13 @@ def est(
     rule = dict(name="est", discrepancy=float(discrepancy), alpha=float(alpha), pattern=pattern, temperature=float(temperature), gamma=gamma.tolist(), parity=parity)
     return _plan(share, subject, style, scores, rule, strengths, progress, unpaired, conditional_only)
 
-# %% ../nbs/05_rules.ipynb #a28f915d
+# %% ../nbs/05_rules.ipynb #8b537d7e
 def _plan(share, subject, style, scores, rule, strengths, progress, unpaired, alone):
     "The plan of a contest."
     choice = _unpaired(_place(share, subject, style, len(scores.loras)), scores, unpaired)
     return _half(make_plan(choice, scores.layers, scores.loras, scores.roles, rule, strengths=strengths, progress=progress), alone)
 
-# %% ../nbs/05_rules.ipynb #100a3085
+# %% ../nbs/05_rules.ipynb #7fc70ae8
 def klora(
     scores:Scores, # what `loramix.score` gave for the files
     steps:int=50, # number of denoising steps
@@ -144,7 +144,7 @@ def klora(
     rule = dict(name="klora", alpha=float(alpha), beta=float(beta), pattern=pattern, gamma=gamma.tolist(), parity=parity)
     return _plan(share, subject, style, scores, rule, strengths, progress, unpaired, conditional_only)
 
-# %% ../nbs/05_rules.ipynb #8a723224
+# %% ../nbs/05_rules.ipynb #3e0e6011
 def topk(
     scores:Scores, # what `loramix.score` gave for the files
     steps:int=50, # number of denoising steps
@@ -161,7 +161,7 @@ def topk(
     share = _contest(c, np.broadcast_to(s, (steps, len(s))), 0)
     return _plan(share, subject, style, scores, dict(name="topk", gamma=gamma.tolist()), strengths, index_progress(steps), unpaired, conditional_only)
 
-# %% ../nbs/05_rules.ipynb #281577c4
+# %% ../nbs/05_rules.ipynb #597e5777
 def direct(
     scores:Scores, # what `loramix.score` gave for the files; only the layers are read
     steps:int=50, # number of denoising steps
@@ -174,7 +174,7 @@ def direct(
     choice = np.broadcast_to(scores.present.astype(np.float64), (steps, *scores.present.shape))
     return _half(make_plan(choice, scores.layers, scores.loras, scores.roles, dict(name="direct"), strengths=strengths), conditional_only)
 
-# %% ../nbs/05_rules.ipynb #8691ab6c
+# %% ../nbs/05_rules.ipynb #ee658cd1
 def switch(
     scores:Scores, # what `loramix.score` gave for the files; only the layers are read
     steps:int=50, # number of denoising steps
@@ -190,7 +190,7 @@ def switch(
     choice = (turn[:, None, None] == np.arange(len(scores.loras)))*scores.present[None]
     return _half(make_plan(choice, scores.layers, scores.loras, scores.roles, dict(name="switch", every=every), strengths=strengths), conditional_only)
 
-# %% ../nbs/05_rules.ipynb #7be50adb
+# %% ../nbs/05_rules.ipynb #9dd261ab
 def _window(span, role, progress):
     "Whether a side acts at each step: bool [steps]. `ValueError` for a window that is none."
     try: a, b = map(float, span)
@@ -202,8 +202,8 @@ def windows(
     scores:Scores, # what `loramix.score` gave for the files; only the layers are read
     steps:int=50, # number of denoising steps
     *,
-    subject=(0., .7), # the subject acts where from ≤ p ≤ to
-    style=(.3, 1.), # and the style
+    subject_window=(0., .7), # the subject acts where from ≤ p ≤ to
+    style_window=(.3, 1.), # and the style
     strengths=None, # the factor of each LoRA; None: 1 for each
     progress=None, # p of each step; None: by position
     conditional_only:bool=False # True: no LoRA in the unconditional half of guidance
@@ -211,26 +211,26 @@ def windows(
     "Role windows: every subject acts in all its layers while p is in one window, every style while it is in another."
     check_steps(steps)
     progress = index_progress(steps) if progress is None else tuple(progress)
-    acts = dict(subject=_window(subject, "subject", progress), style=_window(style, "style", progress))
+    acts = dict(subject=_window(subject_window, "subject", progress), style=_window(style_window, "style", progress))
     choice = np.stack([acts[role] for role in scores.roles], 1)[:, None]*scores.present[None]
-    rule = dict(name="windows", subject=list(map(float, subject)), style=list(map(float, style)))
+    rule = dict(name="windows", subject_window=list(map(float, subject_window)), style_window=list(map(float, style_window)))
     return _half(make_plan(choice, scores.layers, scores.loras, scores.roles, rule, strengths=strengths, progress=progress), conditional_only)
 
-# %% ../nbs/05_rules.ipynb #33f4ffee
+# %% ../nbs/05_rules.ipynb #ec7f55a5
 def acfg(
     scores:Scores, # what `loramix.score` gave for the files; only the layers are read
     steps:int=50, # number of denoising steps
     *,
-    subject=(0., 34/49), # the subject's window: steps 1–35 of 50
-    style=(14/49, 1.), # the style's: steps 15–50 of 50
+    subject_window=(0., 34/49), # the subject's window: steps 1–35 of 50
+    style_window=(14/49, 1.), # the style's: steps 15–50 of 50
     strengths=None, # the factor of each LoRA; None: 1 for each
     progress=None # p of each step; None: by position
 ) -> Plan:
     "Asymmetric guidance with role windows as CRAFT-LoRA (CVPR 2026) sets them: neither LoRA acts in the unconditional half."
-    plan = windows(scores, steps, subject=subject, style=style, strengths=strengths, progress=progress, conditional_only=True)
+    plan = windows(scores, steps, subject_window=subject_window, style_window=style_window, strengths=strengths, progress=progress, conditional_only=True)
     return replace(plan, rule={**plan.rule, "name": "acfg"})
 
-# %% ../nbs/05_rules.ipynb #556e712c
+# %% ../nbs/05_rules.ipynb #59a4e944
 def blora(
     scores:Scores, # what `loramix.score` gave for the files; only the layers are read
     steps:int=50, # number of denoising steps
@@ -250,7 +250,7 @@ def blora(
     rule = dict(name="blora", subject_blocks=list(blocks["subject"]), style_blocks=list(blocks["style"]))
     return _half(make_plan(choice, scores.layers, scores.loras, scores.roles, rule, strengths=strengths), conditional_only)
 
-# %% ../nbs/05_rules.ipynb #3688e477
+# %% ../nbs/05_rules.ipynb #6429cd7e
 RULES = dict(est=est, klora=klora, topk=topk, direct=direct, switch=switch, windows=windows, acfg=acfg, blora=blora)
 
 def rule_named(
