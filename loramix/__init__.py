@@ -13,6 +13,7 @@ _public = dict(
     probes="discrepancy Discrepancy",
     mixing="mix load Mix",
     testbed="demo Demo",
+    widgets="explore Explorer",
     evaluate="Metric both_metric fidelity_metric truth_metric bootstrap compare",
     sweeps="sweep Sweep Method add_method leaderboard cost",
     votes="vote vote_page",

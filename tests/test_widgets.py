@@ -3,7 +3,6 @@ import gc
 import io
 import json
 import threading
-import tracemalloc
 
 import ipywidgets
 import numpy as np
@@ -220,7 +219,7 @@ def test_the_first_picture_measures(monkeypatch):
     measured = Discrepancy(.3217, 0., (.3217,), (0,), (), "test", "a dog")
     monkeypatch.setattr(loramix.mixing, "measure_discrepancy", lambda *args, **kwargs: measured)
     e = explorer(discrepancy=None)
-    assert e.standing_in and "not measured yet" in e.controls.knobs["beta"].marks.value
+    assert e.standing_in and "Generate measures it" in e.controls.knobs["beta"].marks.value
     e.runner.go.click()
     e.runner.wait()
     assert e.runner.error is None and e.mix.discrepancy is measured and e.plan.rule["discrepancy"] == .3217 and not e.standing_in
@@ -360,18 +359,15 @@ def test_200_moves_leave_nothing_behind(large):
             value = low + (high - low)*((i*37 % 100)/100)
             slider.value = int(value) if isinstance(slider, ipywidgets.IntSlider) else value
     def figures(): return sum(issubclass(type(thing), Figure) for thing in gc.get_objects())
+    def held():
+        gc.collect()
+        return psutil.Process().memory_info().rss, figures(), len(ipywidgets.widgets.widget._instances)
     moves(80)
-    gc.collect()
-    tracemalloc.start()
-    moves(8)
-    gc.collect()
-    before = tracemalloc.get_traced_memory()[0], psutil.Process().memory_info().rss, figures(), len(ipywidgets.widgets.widget._instances)
+    before = held()
     moves(200)
-    gc.collect()
-    after = tracemalloc.get_traced_memory()[0], psutil.Process().memory_info().rss, figures(), len(ipywidgets.widgets.widget._instances)
-    tracemalloc.stop()
-    assert after[0] - before[0] < 2e6 and after[1] - before[1] < 5e6, (before, after)
-    assert after[2:] == before[2:] and plt.get_fignums() == []
+    after = held()
+    assert after[0] - before[0] <= 5e6, f"grew by {(after[0] - before[0])/1e6:.1f} MB"
+    assert after[1:] == before[1:] and plt.get_fignums() == []
 
 
 def test_parts_work_alone(large):
