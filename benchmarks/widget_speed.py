@@ -36,7 +36,7 @@ def main():
     handle, picture = f".loramix-{args.slider} .noUi-handle", ".loramix-page"
     with tempfile.TemporaryDirectory() as folder:
         lab.write_notebook(Path(folder)/"explorer.ipynb", LARGE)
-        with lab.lab(folder) as url, lab.page() as tab:
+        with lab.lab(folder) as url, lab.page(1280, 900) as tab:
             lab.open_and_run(tab, url, "explorer.ipynb")
             tab.wait_for_selector(picture)
             tab.locator(handle).first.scroll_into_view_if_needed()
