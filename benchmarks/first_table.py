@@ -11,12 +11,12 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
-import open_clip
 import torch
 from tqdm import tqdm
 
 import loramix
 from loramix.drawing import contact_sheet, figure_png
+from loramix.evaluate import judge, world_words, zero_shot
 from loramix.probes import side_plan, discrepancy
 from loramix.fusion import fuse
 from loramix.lora import read_lora
@@ -34,20 +34,12 @@ class Judge:
     "The judge of the small world: zero-shot probabilities of subject and style."
 
     def __init__(self, world):
-        folder = f"local-dir:{world.folder/world.world['judge']}"
-        self.model, self.preprocess = open_clip.create_model_from_pretrained(folder, return_transform=True)
-        words, tokenizer = world.world["judge_prompts"], open_clip.get_tokenizer(folder)
-        self.words = {kind: words[kind]["words"] for kind in ("subject", "style")}
-        self.text = {kind: self._text(tokenizer([words[kind]["template"].format(**{kind: word}) for word in self.words[kind]])) for kind in self.words}
+        self.encoder, words = judge(world), world_words(world)
+        self.words, self.texts = dict(subject=words.subjects, style=words.styles), dict(subject=words.subject_texts, style=words.style_texts)
 
-    @torch.no_grad()
-    def _text(self, tokens): return torch.nn.functional.normalize(self.model.eval().encode_text(tokens), dim=-1)
-
-    @torch.no_grad()
     def __call__(self, images):
         "{kind: probabilities [images, words]}"
-        seen = torch.nn.functional.normalize(self.model.eval().encode_image(torch.stack([self.preprocess(image) for image in images])), dim=-1)
-        return {kind: (self.model.logit_scale.exp()*seen @ text.T).softmax(-1) for kind, text in self.text.items()}
+        return {kind: zero_shot(self.encoder, images, texts) for kind, texts in self.texts.items()}
 
 
 def draw(world, prompt, seeds):
@@ -59,7 +51,7 @@ def draw(world, prompt, seeds):
 def main(args):
     world, seeds, rows, sheet = loramix.demo(), range(args.seeds), [], {}
     world.pipe.set_progress_bar_config(disable=True)
-    judge, pairs = Judge(world), [pair for pair in world.pairs if pair["split"] == args.split]
+    sees, pairs = Judge(world), [pair for pair in world.pairs if pair["split"] == args.split]
 
     @cache
     def alone(role, name, prompt):
@@ -67,13 +59,13 @@ def main(args):
         with fuse(world.pipe, side_plan([lora], role), [lora]): return draw(world, prompt, seeds)
 
     def note(method, pair, images, beta):
-        seen = judge(images)
+        seen = sees(images)
         for seed, image in zip(seeds, images):
             facts = {}
             for kind in ("subject", "style"):
                 entry = world.world[f"{kind}s"][pair[kind]]
                 probabilities = seen[kind][seed]
-                facts[kind] = (probabilities[judge.words[kind].index(entry["word"])].item(), judge.words[kind][probabilities.argmax()] == entry["word"])
+                facts[kind] = (probabilities[sees.words[kind].index(entry["word"])].item(), sees.words[kind][probabilities.argmax()] == entry["word"])
             rows.append(dict(method=method, subject=pair["subject"], style=pair["style"], seed=seed, beta=round(beta, 4), right_subject=int(facts["subject"][1]), right_style=int(facts["style"][1]),
                              p_subject=round(facts["subject"][0], 5), p_style=round(facts["style"][0], 5)))
         sheet.setdefault((pair["subject"], pair["style"]), {})[method] = images[0]

@@ -8,17 +8,17 @@ Docs: https://loramix.github.io/loramix/votes.html.md"""
 __all__ = ['Question', 'make_ballot', 'Vote', 'add_vote', 'read_votes', 'bradley_terry', 'rank', 'agreement', 'question_pictures',
            'vote', 'vote_page', 'read_page_votes']
 
-# %% ../nbs/10b_votes.ipynb #7f40da76
+# %% ../nbs/10b_votes.ipynb #4dfc788d
 import base64, html, io, json, os, secrets, time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 
-from .evaluate import Interval, bootstrap, resample_weights
+from .evaluate import bootstrap, expand, resample_weights
 from .sweeps import Sweep
 
-# %% ../nbs/10b_votes.ipynb #ea6cc92f
+# %% ../nbs/10b_votes.ipynb #bca24e06
 @dataclass(frozen=True)
 class Question:
     "Two pictures of one pair with one seed."
@@ -46,7 +46,7 @@ def make_ballot(
     drawn = [places[i] for _ in range(-(-count//len(places))) for i in rng.permutation(len(places))][:count]
     return [Question(i, *pair, s, *(meeting if rng.random() < .5 else meeting[::-1])) for i, (meeting, (pair, s)) in enumerate(zip(order, drawn))]
 
-# %% ../nbs/10b_votes.ipynb #d48bfd25
+# %% ../nbs/10b_votes.ipynb #a43c19a2
 @dataclass(frozen=True)
 class Vote:
     "One answer."
@@ -72,7 +72,7 @@ def add_vote(
         file.flush()
         os.fsync(file.fileno())
 
-# %% ../nbs/10b_votes.ipynb #f3b7aa00
+# %% ../nbs/10b_votes.ipynb #fecf3011
 def read_votes(
     *paths # files of `add_vote`
 ) -> list: # of Vote
@@ -86,7 +86,7 @@ def read_votes(
             found[vote.voter, vote.subject, vote.style, vote.seed, frozenset((vote.left, vote.right))] = vote
     return list(found.values())
 
-# %% ../nbs/10b_votes.ipynb #4c068ef4
+# %% ../nbs/10b_votes.ipynb #8c6730f0
 def bradley_terry(
     left, # number of the left method of each vote, [n]
     right, # number of the right method, [n]
@@ -107,7 +107,7 @@ def bradley_terry(
     s = minimize(loss, np.zeros(count), jac=True, method="BFGS", options=dict(gtol=1e-8)).x
     return s - s.mean()
 
-# %% ../nbs/10b_votes.ipynb #6618ccf1
+# %% ../nbs/10b_votes.ipynb #8d527fff
 def rank(
     votes, # of Vote
     *,
@@ -115,14 +115,16 @@ def rank(
     level:float=.95, # coverage aimed at
     seed:int=0 # of the draws
 ): # a pandas frame, best first: strength, its interval, wins, votes
-    "Rank methods by votes: Bradley–Terry strengths, with intervals of the two-way bootstrap over subjects and styles. `ValueError` without votes."
+    "Rank methods by votes: Bradley–Terry strengths, with expanded intervals of the two-way bootstrap over subjects and styles. `ValueError` without votes."
     import pandas as pd
     if not votes: raise ValueError("There are no votes to rank by.")
     names = sorted({name for vote in votes for name in (vote.left, vote.right)})
     left, right, won = _as_numbers(votes, names)
     weights = resample_weights([v.subject for v in votes], [v.style for v in votes], draws, seed)*len(votes)
     drawn = np.array([bradley_terry(np.r_[left, len(names) - 1], np.r_[right, len(names) - 1], np.r_[won, .5], np.r_[w, 0.]) for w in weights])
-    low, high = np.quantile(drawn, [(1 - level)/2, (1 + level)/2], axis=0)
+    clusters = max(2, min(len({v.subject for v in votes}), len({v.style for v in votes})))
+    tail = expand((1 - level)/2, clusters)
+    low, high = np.quantile(drawn, [tail, 1 - tail], axis=0)
     rows = [dict(method=name, strength=s, strength_low=low[i], strength_high=high[i], wins=float(won[left == i].sum() + (1 - won[right == i]).sum()), votes=int((left == i).sum() + (right == i).sum()))
             for i, (name, s) in enumerate(zip(names, bradley_terry(left, right, won)))]
     return pd.DataFrame(rows).set_index("method").sort_values("strength", ascending=False)
@@ -132,7 +134,7 @@ def _as_numbers(votes, names):
     number, share = {name: i for i, name in enumerate(names)}, dict(left=1., right=0., tie=.5)
     return np.array([number[v.left] for v in votes]), np.array([number[v.right] for v in votes]), np.array([share[v.choice] for v in votes])
 
-# %% ../nbs/10b_votes.ipynb #39388402
+# %% ../nbs/10b_votes.ipynb #492931c6
 def agreement(
     votes, # of Vote
     frame, # `Sweep.frame`: metric columns by method, subject, style, seed
@@ -153,7 +155,7 @@ def agreement(
         lines.append(dict(metric=column, agreement=found.value, agreement_low=found.low, agreement_high=found.high, votes=len(decided)))
     return pd.DataFrame(lines).set_index("metric")
 
-# %% ../nbs/10b_votes.ipynb #3210daf2
+# %% ../nbs/10b_votes.ipynb #8c002887
 def question_pictures(
     made:Sweep, # the sweep that drew
     question:Question # which
@@ -169,7 +171,7 @@ def _plain_drawing(world, subject):
     from PIL import Image
     return Image.open(world.folder/"truth"/f"{subject}__flat.png").convert("RGB")
 
-# %% ../nbs/10b_votes.ipynb #467a27bd
+# %% ../nbs/10b_votes.ipynb #88ba6c03
 def vote(
     made:Sweep, # the sweep that drew
     path="votes.jsonl", # the file of votes
@@ -220,7 +222,7 @@ def _voting_box(made, ballot, path, voter):
 
     return VotingBox()
 
-# %% ../nbs/10b_votes.ipynb #aaa52134
+# %% ../nbs/10b_votes.ipynb #ee887a4c
 def _data_url(image):
     "A PIL image as a data URL, without any metadata that names a method."
     file = io.BytesIO()
@@ -233,7 +235,7 @@ def _question_html(seen, width=160):
     cell = lambda side: "<div>" + "".join(f'<img alt="{names[side]}" width="{width if side in ("left", "right") else width//2}" style="image-rendering:pixelated;margin:2px" src="{_data_url(image)}">' for image in seen[side]) + f"<br>{names[side]}</div>"
     return '<div style="display:flex;gap:1.5rem;align-items:end;text-align:center">' + "".join(cell(side) for side in names if side in seen) + "</div>"
 
-# %% ../nbs/10b_votes.ipynb #b680f301
+# %% ../nbs/10b_votes.ipynb #e7068e65
 def vote_page(
     made:Sweep, # the sweep that drew
     path, # the HTML file to write; the key goes beside it, as NAME.key.json
@@ -251,7 +253,7 @@ def vote_page(
     key.write_text(json.dumps(dict(kind="loramix vote key", page=page, ballot=[asdict(q) for q in ballot]), ensure_ascii=False, indent=1), encoding="utf-8")
     return key
 
-# %% ../nbs/10b_votes.ipynb #21720d51
+# %% ../nbs/10b_votes.ipynb #00aae0ba
 _PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>Which one is better?</title>
 <style>body{font:17px/1.5 system-ui,sans-serif;color:#222;background:#fdfcf9;max-width:52rem;margin:1.5rem auto;padding:0 1rem}.row{display:flex;gap:2rem;align-items:end;flex-wrap:wrap;text-align:center}
 img{image-rendering:pixelated;margin:2px;background:#fff}.small img{width:96px}.big img{width:224px}button{font:inherit;padding:.5rem 1rem;margin:1rem .5rem 0 0}input{font:inherit}</style>
@@ -289,7 +291,7 @@ show();
 </script></html>
 """
 
-# %% ../nbs/10b_votes.ipynb #f0a19092
+# %% ../nbs/10b_votes.ipynb #8711a082
 def read_page_votes(
     key, # the key that `vote_page` wrote
     *paths # files that voters saved

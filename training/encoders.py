@@ -14,6 +14,7 @@ import base
 import data
 import world
 from common import OUT, RUNS, SHORT, load, log, save, steps, train
+from loramix.evaluate import class_probabilities
 
 SUBJECT_TEMPLATE, STYLE_TEMPLATE, BOTH_TEMPLATE = "a {}", "a picture, {} style", "a {}, {} style"
 VIEWS, BATCH, STEPS = 2 if SHORT else 10, 64, 2000
@@ -117,6 +118,8 @@ def read(kind):
     """A finished encoder, read as anyone would read it: (model, subject texts, style texts), texts as unit vectors."""
     source = f"local-dir:{OUT / KINDS[kind]['folder']}"
     model, _ = open_clip.create_model_from_pretrained(source)
+    if kind == "probe":   # words are compared with the class token, whatever it is read by otherwise
+        model.visual.pool_type = "tok"
     tokenizer = open_clip.get_tokenizer(source)
     with torch.no_grad():
         texts = [model.encode_text(tokenizer([template.format(word) for word in words]), normalize=True)
@@ -130,7 +133,7 @@ def classify(encoder, batch):
     model, subjects, styles = encoder
     features = torch.cat([model.encode_image(part * 2 - 1, normalize=True) for part in batch.split(256)])
     scale = model.logit_scale.exp()
-    return (scale * features @ subjects.T).softmax(1), (scale * features @ styles.T).softmax(1)
+    return class_probabilities(features, subjects, scale), class_probabilities(features, styles, scale)
 
 
 def learn(kind):
