@@ -8,7 +8,7 @@ Docs: https://loramix.github.io/loramix/export.html.md"""
 __all__ = ['stored', 'peft_config', 'by_component', 'kohya_name', 'stacked', 'save_lora', 'inner_products', 'time_error',
            'static_lora', 'phase_starts', 'phase_loras']
 
-# %% ../nbs/06b_export.ipynb #4ed93c70
+# %% ../nbs/06b_export.ipynb #a9d71ca3
 import json, math
 from collections import Counter
 from dataclasses import replace
@@ -24,7 +24,7 @@ from .lora import LoRA, LowRank, _flux_names, _sgm_name, _table
 from .merges import Sides, derived, low_rank, record, side_by_side, truncate
 from .plan import Plan
 
-# %% ../nbs/06b_export.ipynb #149a0a99
+# %% ../nbs/06b_export.ipynb #a22369d5
 def stored(
     tensor:Tensor, # as computed
     dtype:torch.dtype, # as it goes into the file
@@ -48,7 +48,7 @@ def _notes(lora):
     stale = ("lora_adapter_metadata", "format", "sshs_", "ss_network_", "modelspec.hash")
     return {"format": "pt", **{key: value for key, value in lora.metadata.items() if not key.startswith(stale)}}
 
-# %% ../nbs/06b_export.ipynb #8a6aab50
+# %% ../nbs/06b_export.ipynb #d95b534f
 def peft_config(
     layers:dict # module path inside the component -> `LowRank`
 ): # a `peft.LoraConfig`
@@ -67,7 +67,7 @@ def by_component(
     for name, update in lora.layers.items(): parts.setdefault(name.partition(".")[0], {})[name.partition(".")[2]] = update
     return parts
 
-# %% ../nbs/06b_export.ipynb #0d6f7657
+# %% ../nbs/06b_export.ipynb #4eca212a
 def _diffusers_file(lora, dtype):
     "Tensors and metadata of the diffusers layout."
     tensors, settings = {}, {}
@@ -99,7 +99,7 @@ def _peft_folder(lora, folder, dtype):
         peft_config(layers).save_pretrained(place)
     return folder
 
-# %% ../nbs/06b_export.ipynb #64047a41
+# %% ../nbs/06b_export.ipynb #b54797cd
 def kohya_name(
     layer:str, # layer name with its component
     family:str # "sd1", "sd2", "sdxl" or "unknown"
@@ -112,7 +112,7 @@ def kohya_name(
     if family == "sdxl": rest = _sgm_name(rest, any(name.startswith("unet." + ".".join(rest.split(".")[:2]) + ".attentions") for name in _table("sdxl")))
     return f"lora_unet_{rest}".replace(".", "_")
 
-# %% ../nbs/06b_export.ipynb #2fdfc3bd
+# %% ../nbs/06b_export.ipynb #75109cb1
 def stacked(
     updates, # `LowRank`s of the parts in order, None where one is missing
     sizes # rows of each part
@@ -141,7 +141,7 @@ def _flux_layers(lora):
     if left: raise ValueError(f"kohya's names have no place for {len(left)} layers of {lora.name!r}, such as {next(iter(left))}. Save it in the diffusers layout.")
     return found
 
-# %% ../nbs/06b_export.ipynb #95c1134d
+# %% ../nbs/06b_export.ipynb #c8ebab8f
 _BASES = dict(sd1="sd_v1", sd2="sd_v2", sdxl="sdxl_base_v1-0", flux="flux1")
 
 def _kohya_file(lora, dtype):
@@ -160,7 +160,7 @@ def _kohya_file(lora, dtype):
     if lora.family in _BASES: facts["ss_base_model_version"] = _BASES[lora.family]
     return tensors, {**_notes(lora), **facts}
 
-# %% ../nbs/06b_export.ipynb #afb4ff19
+# %% ../nbs/06b_export.ipynb #88044c80
 def save_lora(
     lora:LoRA, # what to write; see `read_lora` and the merges
     path, # a .safetensors file, or a folder (always a folder for "peft")
@@ -182,7 +182,7 @@ def save_lora(
     save_file(tensors, path, metadata=metadata)
     return path
 
-# %% ../nbs/06b_export.ipynb #2dc7f9e0
+# %% ../nbs/06b_export.ipynb #a13096d7
 def inner_products(
     updates # `LowRank`s of one layer
 ) -> np.ndarray: # float64 [n, n]
@@ -201,7 +201,7 @@ def time_error(
     size = lambda w: np.einsum("tli,lij,tlj->", w, np.stack(grams), w)
     return math.sqrt(max(0., size(d))/size(weights)) if size(weights) > 0 else 0.
 
-# %% ../nbs/06b_export.ipynb #29afda04
+# %% ../nbs/06b_export.ipynb #eea86e04
 def _grams(plan, loras):
     "⟨ΔW_i, ΔW_j⟩ for each layer of a plan, with zeros for LoRAs that do not hold it."
     grams = []
@@ -225,7 +225,7 @@ def _mixed(weights, plan, loras, texts, rank, method, **facts):
         layers[layer] = low_rank(up, down, held[0][0].shape)
     return derived(of, method, layers, rule=plan.rule, steps=plan.steps, rank=rank, error=math.sqrt(lost/whole) if whole else 0., **facts)
 
-# %% ../nbs/06b_export.ipynb #0e036f28
+# %% ../nbs/06b_export.ipynb #26ca5162
 def _export_notes(made, plan):
     "The LoRA with a note where the plan was more than a LoRA can be."
     lost = json.loads(made.metadata["loramix.merge"]).get("time_error", 0.)
@@ -250,7 +250,7 @@ def static_lora(
     lost = time_error(plan.weights.double().numpy(), _grams(plan, loras))
     return _export_notes(_mixed(plan.weights.double().mean(0), plan, loras, text_weights(plan, text_encoder), rank, "static", time_error=lost), plan)
 
-# %% ../nbs/06b_export.ipynb #b07be3c8
+# %% ../nbs/06b_export.ipynb #f1fe8c94
 def phase_starts(
     weights:np.ndarray, # [steps, n]: what acts at each step, each column in units that count alike
     phases:int|None=None # how many; None: a phase for each stretch of equal rows
@@ -268,7 +268,7 @@ def phase_starts(
             best[k, end] = min((best[k-1, start][0] + cost(start, end), [*best[k-1, start][1], start]) for start in range(k - 1, end) if (k - 1, start) in best)
     return best[phases, steps][1]
 
-# %% ../nbs/06b_export.ipynb #0c47aeb1
+# %% ../nbs/06b_export.ipynb #43c32bf8
 def phase_loras(
     plan:Plan, # any plan
     loras, # its LoRAs, in its order
