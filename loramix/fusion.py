@@ -289,7 +289,7 @@ def write_site(
     active = [(f[0], f[1], weight*f[2]) for f, weight in zip(site.factors, weights) if weight and f is not None]
     target, saved, dtype = site.weight, site.saved, site.dtype
     if not active: target.copy_(saved, non_blocking=True); return
-    if active[0][0].dtype != dtype or (len(active) > 1 and saved.numel() >= _LARGE): active = _joined(active, dtype)
+    if any(up.dtype != dtype for up, _, _ in active) or (len(active) > 1 and saved.numel() >= _LARGE): active = _joined(active, dtype)
     (up, down, scale), *more = active
     straight = target.dtype == saved.dtype == dtype and target.device == saved.device and target.is_contiguous() and saved.is_contiguous()
     if straight: result = torch.addmm(saved.flatten(1), up, down, alpha=scale, out=target.flatten(1))

@@ -155,6 +155,20 @@ def test_strengths_and_scale_count():
     assert far(mixed, run(peft(tiny.sd, states, [.6, .5]))) <= 1e-4
 
 
+@pytest.mark.parametrize("order", ([0, 1], [1, 0]))
+def test_files_of_two_precisions_act_together(order):
+    "A float32 and a float16 file in one layer, either first: the sum of both in the weight's own precision."
+    pipe = tiny.sd()
+    loras = [dataclasses.replace(pair(pipe, dtype=dtype)[1][k], name=name) for k, dtype, name in ((0, torch.float32, "dog"), (1, torch.float16, "ink"))]
+    loras, own = [loras[k] for k in order], weights(pipe)
+    name = next(iter(loras[0].denoiser))
+    with fuse(pipe, plan_of(loras, [[1., .5]]), loras):
+        run(pipe, steps=1)
+        got = pipe.unet.get_submodule(name.partition(".")[2]).weight
+        want = own["unet", name.partition(".")[2] + ".weight"] + loras[0].layers[name].dense() + .5*loras[1].layers[name].dense()
+        torch.testing.assert_close(got, want.float(), rtol=0, atol=1e-6)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_rounded_once(dtype):
     pipe = tiny.sdxl(dtype=dtype)
