@@ -10,6 +10,7 @@ _public = dict(
     fusion="fuse Fusion FusionError",
     samplers="attach apply_lora composite dynamic Attached",
     export="save_lora static_lora phase_loras",
+    voices="trio",
     probes="discrepancy Discrepancy",
     mixing="mix load Mix",
     testbed="demo Demo",
