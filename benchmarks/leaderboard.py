@@ -1,6 +1,6 @@
 """Every method on one table: held-out and tuning pairs of the small world apart, eight seeds, P(both) by the judge.
 
-    python benchmarks/leaderboard.py                    # stop it and call it again at will; accelerate launch --num_processes N … shares the work
+    python benchmarks/leaderboard.py                    # stop it and call it again at will; accelerate launch --multi_gpu --num_processes N … shares the work
     python benchmarks/leaderboard.py --cost             # time and memory only, on an idle machine; the table takes them up the next time
 
 Writes leaderboard.csv (a line for each split and method), leaderboard.md, leaderboard.png (held-out pairs, seed 0), leaderboard_pictures.csv.gz (a line a picture)
@@ -61,8 +61,10 @@ METHODS = [
     named("soft EST", "est soft"),
     named("plain sum, conditional half only", "direct", conditional_only=True),
     named("soft EST, conditional half only", "est soft", conditional_only=True),
+    named("NP-LoRA, conditional half only", "np", conditional_only=True),
+    Method("trio", dict(), label="trio (three voices)", make=loramix.trio),
 ]
-SHOWN = ["subject LoRA alone", "style LoRA alone", "plain sum", "NP-LoRA", "ZipLoRA", "K-LoRA", "EST-LoRA", "soft EST", "soft EST, conditional half only"]
+SHOWN = ["subject LoRA alone", "style LoRA alone", "plain sum", "NP-LoRA", "ZipLoRA", "K-LoRA", "EST-LoRA", "soft EST", "NP-LoRA, conditional half only", "trio (three voices)"]
 
 
 def main(args):

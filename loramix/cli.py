@@ -185,8 +185,8 @@ def run_bench(args):
     from importlib.util import find_spec
     if find_spec("pandas") is None: raise RuntimeError("The bench needs a few packages more: pip install 'loramix[bench]'.")
     import loramix
-    from loramix.sweeps import Store, markdown, report
-    out, world = folder_for(args.out), loramix.demo()
+    from loramix.sweeps import Store, find_crew, markdown, report
+    out, world = folder_for(args.out), loramix.demo(device=args.device or find_crew().device)
     for other in args.merge: say(f"  {Store(out/'bench.sqlite').merge(other)} new pictures from {other}")
     run = {} if args.steps is None else dict(num_inference_steps=args.steps)
     made = loramix.sweep(args.methods, bench_pairs(args.pairs), args.seeds, world=world, store=out/"bench.sqlite", run=run, batch=args.batch)
@@ -209,6 +209,7 @@ def add_bench(commands):
     p.add_argument("--batch", type=int, default=1, help="seeds drawn in one call: 4 is a third faster, and pixels may differ by one level (1)")
     p.add_argument("--reference", help="the method that the others are compared with")
     p.add_argument("--merge", nargs="*", default=[], metavar="STORE", help="take in the stores of other machines first")
+    p.add_argument("--device", help="where to draw (the CPU; a GPU of its own for each of several processes)")
     p.add_argument("--out", default="loramix-bench", help="folder for the store, the tables and the report (loramix-bench)")
     p.set_defaults(run=run_bench)
 

@@ -11,7 +11,7 @@ __all__ = ['log', 'METHODS', 'add_method', 'Alone', 'subject_alone', 'style_alon
            'Sweep', 'leaderboard', 'differences', 'ceiling_line', 'markdown', 'peak_memory', 'merged', 'Merged', 'cost',
            'sheet', 'report']
 
-# %% ../nbs/10a_sweeps.ipynb #f76c2c82
+# %% ../nbs/10a_sweeps.ipynb #e7e4038a
 import ast, base64, hashlib, html, inspect, io, json, logging, os, sqlite3, textwrap, time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -31,7 +31,7 @@ from .probes import base_fingerprint, side_plan
 from .rules import RULES
 from .testbed import Demo, demo
 
-# %% ../nbs/10a_sweeps.ipynb #61ff33d3
+# %% ../nbs/10a_sweeps.ipynb #06216d2c
 log = logging.getLogger("loramix")
 METHODS = {}                        # name -> (function, settings)
 
@@ -43,7 +43,7 @@ def add_method(
     "Give a method a name for sweeps; a name that is taken is given anew."
     METHODS[name] = (make, settings)
 
-# %% ../nbs/10a_sweeps.ipynb #47c97457
+# %% ../nbs/10a_sweeps.ipynb #f9b50ff8
 class Alone:
     "One side's LoRA alone on a pipeline, called like a mix."
     def __init__(self, pipe, lora, role):
@@ -61,7 +61,7 @@ class Alone:
 def subject_alone(pipe, subject, style): return Alone(pipe, subject, "subject")
 def style_alone(pipe, subject, style): return Alone(pipe, style, "style")
 
-# %% ../nbs/10a_sweeps.ipynb #df8f812f
+# %% ../nbs/10a_sweeps.ipynb #67b82f6c
 add_method("subject", subject_alone)
 add_method("style", style_alone)
 add_method("klora s*", mix, rule="klora", pattern="s*")
@@ -69,7 +69,7 @@ add_method("est s*", mix, rule="est", pattern="s*")
 add_method("est official", mix, rule="est", parity="official")
 add_method("est soft", mix, rule="est", temperature=.5)
 
-# %% ../nbs/10a_sweeps.ipynb #2e9f9c4a
+# %% ../nbs/10a_sweeps.ipynb #742e82cc
 def find_method(
     name:str # a registered name, the name of a rule, of a merge or of a sampler
 ) -> tuple: # (function, settings)
@@ -94,7 +94,7 @@ def attached(pipe, subject, style, *, method, prompt, run, **settings):
     if "prompts" in inspect.signature(_attached()[method]).parameters: settings = dict(prompts=prompt) | run | settings
     return attach(pipe, method, subject, style, **settings)
 
-# %% ../nbs/10a_sweeps.ipynb #4cb2c230
+# %% ../nbs/10a_sweeps.ipynb #f851852b
 @dataclass(frozen=True, eq=False)
 class Method:
     "A method of a sweep: a name of the registry or a function of one's own, with settings."
@@ -115,7 +115,7 @@ class Method:
         make, settings = find_method(self.name)
         return make, settings | self.settings
 
-# %% ../nbs/10a_sweeps.ipynb #0fb5a755
+# %% ../nbs/10a_sweeps.ipynb #10ac22b3
 def as_method(
     method # a name, or a `Method`
 ) -> Method:
@@ -125,7 +125,7 @@ def as_method(
     method.made_by
     return method
 
-# %% ../nbs/10a_sweeps.ipynb #d0e3e18c
+# %% ../nbs/10a_sweeps.ipynb #210b5c4f
 @lru_cache(maxsize=256)
 def code_digest(
     function:Callable # a Python function
@@ -138,7 +138,7 @@ def code_digest(
         if isinstance(body, list) and len(body) > 1 and isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant): node.body = body[1:]
     return hashlib.sha256(ast.dump(tree).encode()).hexdigest()[:16]
 
-# %% ../nbs/10a_sweeps.ipynb #09b6f162
+# %% ../nbs/10a_sweeps.ipynb #e88f746b
 def method_facts(
     method:Method # the method
 ) -> dict: # plain JSON values
@@ -150,7 +150,7 @@ def method_facts(
     function = f"{make.__module__}.{getattr(make, '__qualname__', type(make).__qualname__)}"
     return dict(function=function, settings=plain, code=[code_digest(part) for part in parts])
 
-# %% ../nbs/10a_sweeps.ipynb #0501a73e
+# %% ../nbs/10a_sweeps.ipynb #25cea510
 @lru_cache(maxsize=256)
 def _lora(path): return read_lora(path)
 
@@ -160,13 +160,14 @@ def find_file(
     "The LoRA, read once in a process."
     return source if isinstance(source, LoRA) else _lora(str(source))
 
-# %% ../nbs/10a_sweeps.ipynb #04f19d08
+# %% ../nbs/10a_sweeps.ipynb #e9e76060
 def base_facts(
     pipe # a diffusers pipeline without LoRAs
 ) -> dict: # plain JSON values
     "The base model by its weights, and the scheduler by its configuration."
     config = {key: value for key, value in dict(pipe.scheduler.config).items() if not key.startswith("_")}
-    return dict(base=base_fingerprint(pipe), scheduler=[type(pipe.scheduler).__name__, json.loads(json.dumps(config, default=str))])
+    device = {} if pipe.device.type == "cpu" else dict(device=pipe.device.type)                        # a GPU sums in another order
+    return device | dict(base=base_fingerprint(pipe), scheduler=[type(pipe.scheduler).__name__, json.loads(json.dumps(config, default=str))])
 
 @dataclass(frozen=True, eq=False)
 class Cell:
@@ -177,7 +178,7 @@ class Cell:
     prompt:str # the prompt
     keys:dict # seed -> key of the picture
 
-# %% ../nbs/10a_sweeps.ipynb #5d52303a
+# %% ../nbs/10a_sweeps.ipynb #dcfc822a
 def make_cell(
     world, # pipeline, LoRAs, prompts: `loramix.demo()` or a `World`
     method:Method, # the method
@@ -194,7 +195,7 @@ def make_cell(
     keys = {seed: hashlib.sha256(json.dumps(facts | dict(seed=seed), sort_keys=True).encode()).hexdigest() for seed in seeds}
     return Cell(method, subject, style, prompt, keys)
 
-# %% ../nbs/10a_sweeps.ipynb #6e8e2fb3
+# %% ../nbs/10a_sweeps.ipynb #28abe642
 @dataclass(frozen=True, eq=False)
 class World:
     "What a sweep draws with; `loramix.demo()` has all this too."
@@ -205,7 +206,7 @@ class World:
     run:dict # arguments of the pipeline
     pairs:list=field(default_factory=list) # dictionaries with subject, style, split, aligned
 
-# %% ../nbs/10a_sweeps.ipynb #17e84eda
+# %% ../nbs/10a_sweeps.ipynb #ce7545f3
 _SCHEMA = """
 create table if not exists pictures (key text primary key, method text, subject text, style text, prompt text, seed integer, seconds real, code text, drawn real, png blob not null);
 create table if not exists numbers (key text, metric text, name text, value real, primary key (key, metric, name)) without rowid;
@@ -293,13 +294,18 @@ def _png(image):
     Image.fromarray(np.array(image.convert("RGB"))).save(file, "PNG")
     return file.getvalue()
 
-# %% ../nbs/10a_sweeps.ipynb #8d5942e6
+# %% ../nbs/10a_sweeps.ipynb #e92a18d5
 @dataclass(frozen=True, eq=False)
 class Crew:
     "The processes of a sweep, seen from one of them."
     index:int=0 # which one this is
     count:int=1 # how many there are
     state:object=None # accelerate's PartialState where there are several
+
+    @property
+    def device(self) -> str:
+        "Where this process's pipeline belongs: its own GPU where there are several processes and GPUs, else the CPU."
+        return "cpu" if self.state is None else str(self.state.device)
 
     @property
     def main(self) -> bool:
@@ -318,13 +324,13 @@ class Crew:
 
 def find_crew() -> Crew:
     "The processes that `accelerate launch` started; one where it did not."
-    if int(os.environ.get("WORLD_SIZE", "1")) < 2: return Crew()
+    if max(int(os.environ.get(name, "1")) for name in ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")) < 2: return Crew()
     from datetime import timedelta
     from accelerate import PartialState
-    state = PartialState(timeout=timedelta(days=7))                # the others may draw for hours yet
+    state = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=7))                # the others may draw for hours yet
     return Crew(state.process_index, state.num_processes, state)
 
-# %% ../nbs/10a_sweeps.ipynb #21f465d1
+# %% ../nbs/10a_sweeps.ipynb #acf5319e
 def draw_cell(
     world, # pipeline and LoRAs
     cell:Cell, # what to draw
@@ -357,7 +363,7 @@ def _wanted(make, **offered):
     parameters = inspect.signature(make).parameters
     return {} if make is mix else {key: value for key, value in offered.items() if key in parameters}
 
-# %% ../nbs/10a_sweeps.ipynb #348f0d67
+# %% ../nbs/10a_sweeps.ipynb #2cd6b77d
 def measure_missing(
     cells, # the cells
     metrics, # list of `Metric`
@@ -372,7 +378,7 @@ def measure_missing(
         for part in _parts([key for key in cases if key in drawn and key not in known], size):
             store.add_numbers(metric, part, metric([store.picture(key) for key in part], [cases[key] for key in part]))
 
-# %% ../nbs/10a_sweeps.ipynb #247a61ad
+# %% ../nbs/10a_sweeps.ipynb #49fb3943
 def find_pairs(
     world, # has `pairs`
     pairs # "tuning", "held-out", "mixed", "all", or a list of (subject, style)
@@ -383,7 +389,7 @@ def find_pairs(
     if not found: raise ValueError(f"There are no {pairs!r} pairs; there are: {', '.join(sorted({p['split'] for p in world.pairs}))}, all. Or give a list of (subject, style).")
     return found
 
-# %% ../nbs/10a_sweeps.ipynb #6e77c740
+# %% ../nbs/10a_sweeps.ipynb #c37f5316
 @lru_cache(maxsize=1)
 def library_digest() -> str: # hex digits
     "The state of the modules that decide about pixels, noted beside each picture."
@@ -392,7 +398,7 @@ def library_digest() -> str: # hex digits
         if (folder/f"{name}.py").is_file(): digest.update((folder/f"{name}.py").read_bytes())
     return digest.hexdigest()[:12]
 
-# %% ../nbs/10a_sweeps.ipynb #4bb75ba6
+# %% ../nbs/10a_sweeps.ipynb #2593775d
 def sweep(
     methods, # names and `Method`s
     pairs="tuning", # "tuning", "held-out", "mixed", "all", or a list of (subject, style)
@@ -433,7 +439,7 @@ def _check_titles(methods):
     twice = sorted({t for t in titles if titles.count(t) > 1})
     if twice: raise ValueError(f"Two methods are called {', '.join(map(repr, twice))}. Give one a label: Method(name, settings, label=…).")
 
-# %% ../nbs/10a_sweeps.ipynb #c5db3fba
+# %% ../nbs/10a_sweeps.ipynb #99570e4d
 def draw_all(
     world, # pipeline and LoRAs
     work, # [(cell, missing seeds)]
@@ -453,7 +459,7 @@ def draw_all(
                 draw_cell(world, cell, seeds, run, store, library_digest(), bar.update, batch)
         finally: world.pipe.set_progress_bar_config(**{"disable": False, **shown})
 
-# %% ../nbs/10a_sweeps.ipynb #158c85df
+# %% ../nbs/10a_sweeps.ipynb #38683aad
 @dataclass(frozen=True, eq=False)
 class Sweep:
     "A sweep that was asked for, and its results in the store. `frame` has a line for each picture, `leaderboard()` one for each method."
@@ -500,7 +506,7 @@ class Sweep:
 
     def __repr__(self): return f"Sweep({len(self.methods)} methods × {len(self.pairs)} pairs × {len(self.seeds)} seeds; {sum(len(s) for _, s in self.missing())} pictures missing; {self.store.path.name})"
 
-# %% ../nbs/10a_sweeps.ipynb #7c9b30d1
+# %% ../nbs/10a_sweeps.ipynb #6b7e6c2c
 def leaderboard(
     frame, # `Sweep.frame`, or the like read from a CSV file
     reference:str|None=None, # a method's title: every other is compared with it, pair by pair and seed by seed
@@ -528,7 +534,7 @@ def _line(title, rows, columns, intervals, draws):
         line |= dict(harmonic_of_means=found.value, harmonic_of_means_low=found.low, harmonic_of_means_high=found.high)
     return line | dict(seconds=rows.seconds.median())
 
-# %% ../nbs/10a_sweeps.ipynb #92e2d4ad
+# %% ../nbs/10a_sweeps.ipynb #73261e98
 def differences(
     frame, # see `leaderboard`
     reference:str, # a method's title
@@ -552,7 +558,7 @@ def _verdict(interval, index):
     if min(len(set(index.get_level_values(level))) for level in ("subject", "style")) < 4: return "too few pairs"
     return "better" if interval.low > 0 else "worse" if interval.high < 0 else "no difference shown"
 
-# %% ../nbs/10a_sweeps.ipynb #a82a6b2c
+# %% ../nbs/10a_sweeps.ipynb #50003e73
 def ceiling_line(
     frame, # see `leaderboard`; with the methods "subject" and "style"
     subject:str="subject", # title of the subject LoRA alone
@@ -566,7 +572,7 @@ def ceiling_line(
     both = sides[0].to_frame().join(sides[1], how="inner").reset_index()
     return bootstrap(ceiling(both.p_subject, both.p_style), both.subject, both["style"], draws=draws)
 
-# %% ../nbs/10a_sweeps.ipynb #c12415b5
+# %% ../nbs/10a_sweeps.ipynb #9d03ac81
 def markdown(
     table # what `leaderboard` gave
 ) -> str:
@@ -586,7 +592,7 @@ def _text(line, column):
     interval = f" [{line[column + '_low']:.3f}, {line[column + '_high']:.3f}]" if f"{column}_low" in line.index else ""
     return f"{value:.3f}{interval}" if interval or column == "seconds" else f"{value:.2f}"
 
-# %% ../nbs/10a_sweeps.ipynb #73c27bb9
+# %% ../nbs/10a_sweeps.ipynb #688844ad
 def peak_memory(
     reset:bool=False # start counting anew
 ) -> float|None: # MiB; None where it is not to be had
@@ -599,7 +605,7 @@ def peak_memory(
         return next(int(line.split()[1])/1024 for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
     except (OSError, StopIteration): return None
 
-# %% ../nbs/10a_sweeps.ipynb #3baa0b19
+# %% ../nbs/10a_sweeps.ipynb #712d1475
 def merged(pipe, subject, style):
     "The yardstick: both LoRAs in the weights for good, and a pipeline that knows nothing of it. `remove()` puts the weights back."
     return Merged(pipe, subject, style)
@@ -624,7 +630,7 @@ class Merged:
     def __call__(self, prompt, *, seed, **run): return self.pipe(prompt, generator=torch.Generator("cpu").manual_seed(seed), **run).images[0]
     def remove(self): self._swap()
 
-# %% ../nbs/10a_sweeps.ipynb #db026b11
+# %% ../nbs/10a_sweeps.ipynb #298378a5
 def cost(
     methods, # names and `Method`s
     subject:str, # name of the subject
@@ -664,7 +670,7 @@ def _cost_table(rows, yardstick):
                   memory_MiB=wide["memory"][title].max(), memory_ratio=ratio["memory"][title].median(), making_ready=first.ready[title]) for title in first.index]
     return pd.DataFrame(lines).set_index("method")
 
-# %% ../nbs/10a_sweeps.ipynb #ad219f27
+# %% ../nbs/10a_sweeps.ipynb #dbc2cec7
 def sheet(
     made:Sweep, # a sweep
     pairs=None, # which pairs; None: up to twelve, evenly taken
@@ -679,7 +685,7 @@ def sheet(
     grid = [[*(made.picture(method, *pair, seed) for method in methods), *([made.world.truth(*pair)] if truth else [])] for pair in pairs]
     return contact_sheet(grid, [" + ".join(pair) for pair in pairs], [*methods, *(["true picture"] if truth else [])])
 
-# %% ../nbs/10a_sweeps.ipynb #f6edf565
+# %% ../nbs/10a_sweeps.ipynb #21b9e7ac
 def report(
     made:Sweep, # a sweep
     path, # the HTML file to write
@@ -698,7 +704,7 @@ def report(
     path.write_text(_PAGE.format(title=html.escape(title), words=html.escape(words), table=_html_table(table), pictures="".join(pictures), settings=settings), encoding="utf-8")
     return path
 
-# %% ../nbs/10a_sweeps.ipynb #ea4fc92c
+# %% ../nbs/10a_sweeps.ipynb #c8b24f67
 _PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{title}</title>
 <style>body{{font:15px/1.5 system-ui,sans-serif;color:#222;background:#fdfcf9;max-width:75rem;margin:2rem auto;padding:0 1rem}}table{{border-collapse:collapse;margin:1rem 0}}
 td,th{{padding:.25rem .6rem;border-bottom:1px solid #ddd;text-align:left;vertical-align:top}}.bar{{position:relative;width:14rem;height:1rem;background:#eee}}.bar i{{position:absolute;top:.4rem;height:.2rem;background:#888}}

@@ -19,14 +19,17 @@ from loramix.sweeps import Crew, Method, Store, as_method, base_facts, cost, lea
 ROOT = Path(__file__).parent.parent
 FEW = dict(num_inference_steps=2)
 PAIRS = [("rocket", "line"), ("crab", "duotone")]
-ENV = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+ENV = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "CUDA_VISIBLE_DEVICES": ""}
 
 
 @pytest.fixture(scope="module")
 def world():
-    demo = loramix.demo()
+    "On one thread, as the processes started here: another number of threads sums in another order."
+    threads, demo = torch.get_num_threads(), loramix.demo()
     demo.pipe.set_progress_bar_config(disable=True)
-    return demo
+    torch.set_num_threads(1)
+    yield demo
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -175,7 +178,7 @@ if made.crew.main: print("processes", made.crew.count, "missing", len(made.missi
 
 def launch(tmp_path, *words):
     (tmp_path/"shared.py").write_text(SHARED)
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "29561", str(tmp_path/"shared.py"), *map(str, words)]
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "29561", str(tmp_path/"shared.py"), *map(str, words)]
     return subprocess.run(command, capture_output=True, text=True, timeout=900, env=ENV, cwd=ROOT)
 
 
