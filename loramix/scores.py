@@ -125,9 +125,10 @@ def _check_shapes(c, s, layer):
     a, b = c.denoiser[layer].shape, s.denoiser[layer].shape
     if tuple(a) != tuple(b): raise ValueError(f"A layer has one shape; {layer} is {list(a)} in {c.name!r} and {list(b)} in {s.name!r}. They are for different base models.")
 
-# %% ../nbs/02_scores.ipynb #cb809b3a
+# %% ../nbs/02_scores.ipynb #f87cf3bc
 import logging
 
+# %% ../nbs/02_scores.ipynb #cb809b3a
 log = logging.getLogger("loramix")
 
 def cache_folder() -> Path: # not necessarily there yet

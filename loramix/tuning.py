@@ -7,16 +7,15 @@ Docs: https://loramix.github.io/loramix/tuning.html.md"""
 # %% auto #0
 __all__ = ['log', 'suggest', 'find_sampler', 'check_audit', 'probe_metric', 'Tuning', 'explain_tuning', 'tune']
 
-# %% ../nbs/10c_tuning.ipynb #e34ce7c6
+# %% ../nbs/10c_tuning.ipynb #bb4afb7f
 import logging
 from dataclasses import dataclass
-
 import numpy as np
-
 from .evaluate import Interval, Metric, both_metric, compare, probe, truth_metric
 from .sweeps import Method, Sweep, as_method, differences, find_crew, find_pairs, sweep
 from .testbed import Demo, demo
 
+# %% ../nbs/10c_tuning.ipynb #e34ce7c6
 log = logging.getLogger("loramix")
 
 # %% ../nbs/10c_tuning.ipynb #ddc4f0ae

@@ -1,5 +1,5 @@
 "The house itself: light imports, generated files, packaging facts, the command line."
-import json
+import ast, json
 import os
 import re
 import subprocess
@@ -73,6 +73,16 @@ def test_notebook_is_clean(path):
     assert "widgets" not in notebook["metadata"]
     assert path.stat().st_size < 300_000
     assert not [output for cell in notebook["cells"] for output in cell.get("outputs", []) if output["output_type"] == "error"]
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_imports_have_cells_of_their_own(path):
+    "The documentation site runs cells with imports, and these alone: other code beside them would run without what came before."
+    for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
+        lines = "".join(cell["source"]).splitlines()
+        if cell["cell_type"] != "code" or "#| eval: false" in lines: continue
+        kinds = {isinstance(node, (ast.Import, ast.ImportFrom)) for node in ast.parse("\n".join("" if line.startswith(("%", "!")) else line for line in lines)).body}
+        assert len(kinds) < 2, "\n".join(lines)
 
 
 def test_settings_and_project_agree():
