@@ -57,7 +57,7 @@ METHODS = [
     named("asymmetric guidance", "acfg"),
     named("LoRA Composite", "composite"),
     named("dynamic selection", "dynamic"),
-    # ours
+    # soft choice, guidance halves, three voices
     named("soft EST", "est soft"),
     named("plain sum, conditional half only", "direct", conditional_only=True),
     named("soft EST, conditional half only", "est soft", conditional_only=True),

@@ -1,4 +1,4 @@
-"""Two LoRAs can be added as weights or heard one after the other. Each way loses what the other keeps; the mean of both ways keeps more than either.
+"""Two LoRAs can be added as weights or heard one after the other, and each way loses what the other keeps. We take the mean of both ways: it led on the pairs it was chosen on, and not on others.
 
 Docs: https://loramix.github.io/loramix/voices.html.md"""
 
