@@ -128,7 +128,7 @@ def trio(
     if not hasattr(pipe, "unet"): raise FusionError(f"trio needs a UNet, which guidance calls once for both halves; {type(pipe).__name__} has none. Use loramix.mix, or a merge.")
     if not 0 < louder < float("inf"): raise ValueError(f"louder is a factor on guidance above 0; got {louder!r}.")
     styles = [lora for lora, role in zip(of.loras, of.roles) if role == "style"]
-    second = [(beside(lora, styles, mu), strength) for lora, role, strength in zip(*(of.loras, of.roles, of.strengths)) if role == "subject"]
+    second = [(beside(lora, styles, mu), strength) for lora, role, strength in zip(of.loras, of.roles, of.strengths) if role == "subject"]
     who, shares = _heard(voices((*of.roles, *["beside"]*len(second))), shares)
     everyone = Sides(told_apart([*of.loras, *(lora for lora, _ in second)]), (*of.roles, *["subject"]*len(second)), (*of.strengths, *(strength for _, strength in second)))
     fusion = fuse(pipe, lambda steps: constant_plan(everyone, steps), everyone.loras, kind=Voices)

@@ -1,7 +1,6 @@
 "Exports read by others: diffusers, PEFT, kohya's rule by hand, the names of real files."
 import dataclasses
 import json
-import logging
 import os
 from pathlib import Path
 
@@ -10,7 +9,7 @@ import pytest
 import torch
 
 import tiny
-from tiny import denoiser, run
+from tiny import BUILD, WIDE, denoiser, run, quiet  # noqa: F401 (quiet is a fixture)
 from loramix.export import kohya_name, phase_loras, phase_starts, save_lora, static_lora, time_error
 from loramix.fusion import fuse
 from loramix.lora import LowRank, _table, read_lora
@@ -20,19 +19,7 @@ from loramix.samplers import apply_lora
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 DATA = os.environ.get("LORAMIX_TEST_DATA")
-BUILD = dict(sd=tiny.sd, sdxl=tiny.sdxl, flux=tiny.flux)
-WIDE = (*tiny.ATTENTION, "ff.net.2", "proj_in", "conv1")        # linear, 1 × 1 and 3 × 3 convolutions
 FLOAT = dict(dtype=torch.float32)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _quiet():
-    "One thread, and no advice from the libraries we compare with."
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    for name in ("diffusers", "transformers", "peft"): logging.getLogger(name).setLevel(logging.ERROR)
-    yield
-    torch.set_num_threads(threads)
 
 
 def pair(pipe, layers=WIDE, text=False):

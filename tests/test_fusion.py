@@ -1,5 +1,5 @@
 "The fusion against things written by others: PEFT's adapters, diffusers' schedulers and pipelines, torch's own weights."
-import copy, dataclasses, logging, threading, warnings
+import copy, dataclasses, threading
 
 import pytest, torch
 from diffusers import (AutoencoderKL, ControlNetModel, DDIMScheduler, DPMSolverMultistepScheduler, DPMSolverSinglestepScheduler, EulerAncestralDiscreteScheduler, EulerDiscreteScheduler,
@@ -8,26 +8,12 @@ from diffusers import (AutoencoderKL, ControlNetModel, DDIMScheduler, DPMSolverM
     StableDiffusionXLImg2ImgPipeline, UniPCMultistepScheduler)
 
 import tiny
-from tiny import NOISE, denoiser, lora_state, run
+from tiny import BUILD, WIDE, NOISE, denoiser, lora_state, run, quiet  # noqa: F401 (quiet is a fixture)
 from loramix.fusion import Fusion, FusionError, fuse
 from loramix.lora import LowRank, read_lora
 from loramix.plan import make_plan
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-BUILD = dict(sd=tiny.sd, sdxl=tiny.sdxl, flux=tiny.flux)
-WIDE = (*tiny.ATTENTION, "ff.net.2", "proj_in", "conv1")        # linear, 1 × 1 and 3 × 3 convolutions
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _quiet():
-    "One thread, and no advice from the libraries we compare with."
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    for name in ("diffusers", "transformers", "peft"): logging.getLogger(name).setLevel(logging.ERROR)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
-    torch.set_num_threads(threads)
 
 
 def pair(pipe, *, text=False, layers=tiny.ATTENTION, dtype=torch.float32, ranks=(2, 2), size=0.2):

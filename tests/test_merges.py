@@ -1,7 +1,6 @@
 "The merges against things loramix did not write: PEFT's weighted adapters, float64 dense products, closed forms, least squares by brute force."
 import dataclasses
 import json
-import logging
 import os
 from pathlib import Path
 
@@ -10,23 +9,13 @@ import pytest
 import torch
 
 import tiny
+from tiny import WIDE, quiet  # noqa: F401 (quiet is a fixture)
 from loramix.lora import LowRank, read_lora
 from loramix.merges import (MERGES, average_merge, blora_merge, dare_merge, dare_ties_merge, default_blocks, direct_merge, keep_blocks, merge, np_merge, project, prune_merge, record,
     ssr_factor, ssr_merge, svd_merge, ties_merge, zip_merge)
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 DATA = os.environ.get("LORAMIX_TEST_DATA")
-WIDE = (*tiny.ATTENTION, "ff.net.2", "proj_in", "conv1")        # linear, 1 × 1 and 3 × 3 convolutions
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _quiet():
-    "One thread, and no advice from the libraries we compare with."
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    for name in ("diffusers", "transformers", "peft"): logging.getLogger(name).setLevel(logging.ERROR)
-    yield
-    torch.set_num_threads(threads)
 
 
 def pair(pipe, layers=WIDE, ranks=(2, 3), text=False, scales=(1., 1.)):

@@ -1,7 +1,6 @@
 "The samplers against a plain slow computation: pipelines with LoRAs fused by PEFT, layers replaced by hand, losses differentiated by finite differences."
 import copy
 import dataclasses
-import logging
 
 import pytest
 import torch
@@ -9,25 +8,13 @@ from diffusers import DDIMScheduler, HeunDiscreteScheduler
 from torch.nn import functional as F
 
 import tiny
-from tiny import NOISE, denoiser, run
+from tiny import BUILD, WIDE, NOISE, denoiser, run, quiet  # noqa: F401 (quiet is a fixture)
 from loramix.fusion import FusionError, find_sites, fuse
 from loramix.lora import read_lora
 from loramix.merges import direct_merge, sides
 from loramix.samplers import (Zipped, apply_lora, attach, composite, constant_plan, dynamic, moved_dot, moved_kl, overlap, rank_grams, record_calls, ssr_lora, zip_lora, zip_mergers)
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-BUILD = dict(sd=tiny.sd, sdxl=tiny.sdxl, flux=tiny.flux)
-WIDE = (*tiny.ATTENTION, "ff.net.2", "proj_in", "conv1")        # linear, 1 × 1 and 3 × 3 convolutions
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _quiet():
-    "One thread, and no advice from the libraries we compare with."
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    for name in ("diffusers", "transformers", "peft"): logging.getLogger(name).setLevel(logging.ERROR)
-    yield
-    torch.set_num_threads(threads)
 
 
 def loras(pipe, n=2, layers=WIDE, text=False, size=.2):

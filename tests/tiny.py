@@ -4,9 +4,10 @@
     pipe = sd()                                   # StableDiffusionPipeline with tokenizer, text encoder, VAE, UNet
     state = lora_state(pipe, seed=1)              # a LoRA state dict as a file would hold it
 """
-import functools, json, tempfile
+import functools, json, logging, tempfile, warnings
 from pathlib import Path
 
+import pytest
 import torch
 from torch import nn
 from diffusers import (AutoencoderKL, ControlNetModel, DDIMScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler, FluxPipeline,
@@ -121,6 +122,8 @@ def denoiser(pipe):
 
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
+WIDE = (*ATTENTION, "ff.net.2", "proj_in", "conv1")        # linear, 1 × 1 and 3 × 3 convolutions
+BUILD = dict(sd=sd, sdxl=sdxl, flux=flux)
 
 
 def lora_state(pipe, seed=1, rank=2, size=0.2, layers=ATTENTION, text=False, dtype=torch.float32):
@@ -164,3 +167,15 @@ def run(pipe, prompt="a dog in ink", steps=4, seed=0, n=1, **kwargs):
     if "image" not in kwargs: kwargs |= dict(height=16, width=16)
     if denoiser(pipe)[0] == "transformer": kwargs.setdefault("max_sequence_length", 16)
     return pipe(prompt, num_inference_steps=steps, num_images_per_prompt=n, output_type="latent", **kwargs).images.float()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quiet():
+    "One thread, and no advice from the libraries we compare with; acts in every test file that imports it."
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    for name in ("diffusers", "transformers", "peft"): logging.getLogger(name).setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+    torch.set_num_threads(threads)
