@@ -170,8 +170,10 @@ class Site:
 
     @property
     def dtype(self) -> torch.dtype:
-        "What a mix is computed in: float32, or float64 for a float64 weight."
-        return torch.float64 if self.saved.dtype == torch.float64 else torch.float32
+        "What a mix is computed in: float32, or float64 for a float64 weight; bfloat16 where weight and factors are, since its products are summed in float32 and rounded once."
+        own = self.saved.dtype
+        if own == torch.bfloat16 and all(f is None or f[0].dtype == own for f in self.factors): return own
+        return torch.float64 if own == torch.float64 else torch.float32
 
 # %% ../nbs/06_fusion.ipynb #13c73908
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -276,9 +278,9 @@ def bring_site(
 _LARGE = 1 << 18 # numbers in a layer from which on it is read and written as seldom as possible
 
 def _joined(active, dtype):
-    "Weighted factors in place as one update: [(up, down, 1)]; see `joined`."
-    pairs = [(up.to(dtype)*scale, down.to(dtype)) for up, down, scale in active]
-    return [(torch.cat([up for up, _ in pairs], 1), torch.cat([down for _, down in pairs]), 1.)]
+    "Weighted factors in place as one update: [(up, down, scale)], the largest scale left outside, so that its factors are not rounded again; see `joined`."
+    largest = max((scale for _, _, scale in active), key=abs)
+    return [(torch.cat([(up.to(dtype)*(scale/largest) if scale != largest else up.to(dtype)) for up, _, scale in active], 1), torch.cat([down.to(dtype) for _, down, _ in active]), largest)]
 
 def write_site(
     site:Site, # a saved layer with its factors in place
@@ -289,7 +291,7 @@ def write_site(
     active = [(f[0], f[1], weight*f[2]) for f, weight in zip(site.factors, weights) if weight and f is not None]
     target, saved, dtype = site.weight, site.saved, site.dtype
     if not active: target.copy_(saved, non_blocking=True); return
-    if any(up.dtype != dtype for up, _, _ in active) or (len(active) > 1 and saved.numel() >= _LARGE): active = _joined(active, dtype)
+    if any(up.dtype != dtype for up, _, _ in active) or (len(active) > 1 and (dtype == torch.bfloat16 or saved.numel() >= _LARGE)): active = _joined(active, dtype)
     (up, down, scale), *more = active
     straight = target.dtype == saved.dtype == dtype and target.device == saved.device and target.is_contiguous() and saved.is_contiguous()
     if straight: result = torch.addmm(saved.flatten(1), up, down, alpha=scale, out=target.flatten(1))
@@ -318,8 +320,8 @@ def write_batch(
     ups, downs = [], []
     for i, factors in enumerate(sites[0].factors):
         if factors is None: continue
-        factor = torch.tensor([row[i]*site.factors[i][2] for site, row in zip(sites, weights)], dtype=dtype)
-        ups.append(torch.stack([site.factors[i][0] for site in sites]).to(dtype)*factor.to(scratch.device, non_blocking=True)[:, None, None])
+        factor = torch.tensor([row[i]*site.factors[i][2] for site, row in zip(sites, weights)], dtype=torch.promote_types(dtype, torch.float32))
+        ups.append((torch.stack([site.factors[i][0] for site in sites])*factor.to(scratch.device, non_blocking=True)[:, None, None]).to(dtype))
         downs.append(torch.stack([site.factors[i][1] for site in sites]).to(dtype))
     scratch.flatten(2).baddbmm_(torch.cat(ups, 2), torch.cat(downs, 1))
     torch._foreach_copy_(targets, list(scratch.unbind()), non_blocking=True)
