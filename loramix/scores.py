@@ -13,6 +13,7 @@ import json, os, tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import count
 from pathlib import Path
 from typing import NamedTuple
 
@@ -86,10 +87,11 @@ def told_apart(
     loras # of LoRA
 ) -> tuple: # the same, "name (2)", … where a name comes again
     "LoRAs under names that tell them apart."
-    seen, named = {}, []
+    named, taken = [], set()
     for lora in loras:
-        seen[lora.name] = seen.get(lora.name, 0) + 1
-        named.append(lora if seen[lora.name] == 1 else replace(lora, name=f"{lora.name} ({seen[lora.name]})"))
+        if lora.name in taken: lora = replace(lora, name=next(name for n in count(2) if (name := f"{lora.name} ({n})") not in taken))
+        named.append(lora)
+        taken.add(lora.name)
     return tuple(named)
 
 # %% ../nbs/02_scores.ipynb #88aa9f34
