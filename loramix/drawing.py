@@ -71,6 +71,7 @@ def split_name(
         else: words.append((word, None))
     return words
 
+# %% ../nbs/00_drawing.ipynb #b216da68
 FLOW = """text_encoder text_encoder_2 text_encoder_3 unet transformer
     embeddings conv_in x_embedder img_in pos_embed time_embedding time_text_embed time_in vector_in guidance_in add_embedding class_embedding
     context_embedder txt_in proj_in down down_blocks mid mid_block norm1 norm1_context norm norm2 norm2_context
