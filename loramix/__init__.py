@@ -2,7 +2,8 @@
 __version__ = "0.1.0"
 
 _public = dict(
-    lora="read_lora LoRA LowRank LoRAError",
+    lowrank="LoRA LowRank LoRAError",
+    lora="read_lora",
     scores="score Scores balance",
     merges="merge project keep_blocks",
     plan="Plan",

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from .fusion import check_loras, text_weights
-from .lora import LoRA, LowRank, _flux_names, _sgm_name, _table
+from .lora import LoRA, LowRank
+from .names import flux_names, layer_table, sgm_name
 from .merges import Sides, derived, low_rank, record, side_by_side, truncate
 from .plan import Plan
 
@@ -109,7 +110,7 @@ def kohya_name(
     if part.startswith("text_encoder"):
         prefix = "lora_te2" if part == "text_encoder_2" else "lora_te1" if family in ("sdxl", "flux") else "lora_te"
         return f"{prefix}_{rest}".replace(".", "_")
-    if family == "sdxl": rest = _sgm_name(rest, any(name.startswith("unet." + ".".join(rest.split(".")[:2]) + ".attentions") for name in _table("sdxl")))
+    if family == "sdxl": rest = sgm_name(rest, any(name.startswith("unet." + ".".join(rest.split(".")[:2]) + ".attentions") for name in layer_table("sdxl")))
     return f"lora_unet_{rest}".replace(".", "_")
 
 # %% ../nbs/06b_export.ipynb #75109cb1
@@ -130,7 +131,7 @@ def stacked(
 def _flux_layers(lora):
     "kohya name -> update for a FLUX LoRA."
     left, found = dict(lora.denoiser), {}
-    for old, new in _flux_names():
+    for old, new in flux_names():
         parts = [left.get(f"transformer.{name}") for name in new]
         if all(part is None for part in parts): continue
         width = next(part for part in parts if part is not None).shape[1]

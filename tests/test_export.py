@@ -12,7 +12,8 @@ import tiny
 from tiny import BUILD, WIDE, denoiser, run, quiet  # noqa: F401 (quiet is a fixture)
 from loramix.export import kohya_name, phase_loras, phase_starts, save_lora, static_lora, time_error
 from loramix.fusion import fuse
-from loramix.lora import LowRank, _table, read_lora
+from loramix.lora import LowRank, read_lora
+from loramix.names import layer_table
 from loramix.merges import direct_merge, np_merge, record
 from loramix.plan import make_plan
 from loramix.samplers import apply_lora
@@ -111,7 +112,7 @@ def test_kohya_by_the_rule():
 
 def sdxl_lora(layers, rank=1):
     "A LoRA with SDXL's own shapes on some layers."
-    table, draw = _table("sdxl"), torch.Generator().manual_seed(0)
+    table, draw = layer_table("sdxl"), torch.Generator().manual_seed(0)
     state = {}
     for name in layers:
         shape = table[name]
@@ -124,16 +125,16 @@ def sdxl_lora(layers, rank=1):
 def test_sdxl_names_are_those_of_real_files():
     "Our kohya names of every SDXL layer, against the key list of a full kohya file; and each list's names are found by ours."
     theirs = {key.rsplit(".lora_down", 1)[0] for key in json.loads((Path(DATA)/"layouts/generated__sdxl_kohya_sgm.json").read_text()) if ".lora_down" in key}
-    ours = {kohya_name(name, "sdxl") for name in _table("sdxl")}
+    ours = {kohya_name(name, "sdxl") for name in layer_table("sdxl")}
     assert len(theirs) > 700 and theirs <= ours
-    assert len(ours) == len(_table("sdxl"))
+    assert len(ours) == len(layer_table("sdxl"))
 
 
 def test_sdxl_file_through_diffusers_own_converter(tmp_path):
     "diffusers maps the SGM names back to its own; every tensor arrives under our layer's name with its alpha."
     from diffusers import StableDiffusionXLPipeline
     from safetensors.torch import load_file
-    names = [name for name in _table("sdxl") if name.startswith("unet.") and ("attn1.to_q" in name or "attn2.to_v" in name or ".proj_in" in name)]
+    names = [name for name in layer_table("sdxl") if name.startswith("unet.") and ("attn1.to_q" in name or "attn2.to_v" in name or ".proj_in" in name)]
     lora = sdxl_lora(names)
     lora = dataclasses.replace(lora, layers={name: dataclasses.replace(u, scale=.5) for name, u in lora.layers.items()})
     assert lora.family == "sdxl"
@@ -154,7 +155,7 @@ def test_flux_layers_are_fused_and_come_back(tmp_path):
     "kohya's FLUX file has q, k and v (and the MLP) in one matrix: read back by us, converted by diffusers, all parts as before; missing parts are zero."
     from diffusers import FluxPipeline
     from safetensors.torch import load_file
-    table, draw = _table("flux"), torch.Generator().manual_seed(0)
+    table, draw = layer_table("flux"), torch.Generator().manual_seed(0)
     names = [f"transformer.transformer_blocks.3.{end}" for end in ("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0", "attn.add_k_proj", "ff.net.0.proj", "norm1.linear")]
     names += [f"transformer.single_transformer_blocks.5.{end}" for end in ("attn.to_q", "proj_mlp", "proj_out")] + ["transformer.norm_out.linear"]
     state = {}

@@ -14,8 +14,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from loramix import lora as room
 from loramix.lora import LoRA, LoRAError, LowRank, read_lora
+from loramix.names import FAMILIES, layer_names, layer_table, read_prefix, sgm_name
 
 HERE = Path(__file__).resolve().parent
 DATA = Path(os.environ["LORAMIX_TEST_DATA"]) if os.environ.get("LORAMIX_TEST_DATA") else None
@@ -143,7 +143,7 @@ def test_layout(path):
     lora = read_lora(tensors)
     assert (lora.family, len(lora.denoiser), len(lora.text_encoders)) == expected
     assert not lora.report.unused
-    table = room._table(lora.family) if lora.family != "unknown" else {}
+    table = layer_table(lora.family) if lora.family != "unknown" else {}
     assert all(update.shape == table[name] for name, update in lora.layers.items() if table)
     alphas = any(key.endswith(".alpha") for key in shapes)
     assert all(update.scale == pytest.approx(3/update.rank if alphas else 1) for update in lora.layers.values())
@@ -153,7 +153,7 @@ def test_tables_are_regenerated():
     "The tables in the package are those of diffusers' and transformers' own architectures."
     made = runpy.run_path(str(HERE.parent/"tools"/"layer_tables.py"))["tables"]()
     for family, parts in made.items():
-        assert room._table(family) == {f"{part}.{name}": tuple(shape) for part, layers in parts.items() for name, shape in layers.items()}
+        assert layer_table(family) == {f"{part}.{name}": tuple(shape) for part, layers in parts.items() for name, shape in layers.items()}
     assert sum(path.stat().st_size for path in (HERE.parent/"loramix"/"data"/"layers").iterdir()) < 20_000
 
 
@@ -330,15 +330,15 @@ def test_sdxl_sgm_against_diffusers():
 
 def test_every_kohya_name_of_every_family():
     "Each layer of each table comes back from its kohya spelling, and the UNets' from the reference code's."
-    for family in room._families:
-        for name in room._table(family):
+    for family in FAMILIES:
+        for name in layer_table(family):
             part, _, rest = name.partition(".")
             prefix = {"unet": "lora_unet_", "transformer": "lora_unet_", "text_encoder": "lora_te1_", "text_encoder_2": "lora_te2_"}[part]
-            assert room._names(room._place(prefix + rest.replace(".", "_"))) == (name,)
+            assert layer_names(read_prefix(prefix + rest.replace(".", "_"))) == (name,)
             if part == "unet":
-                reference = room._sgm_name(rest, any(n.startswith(".".join(name.split(".")[:3]) + ".attentions") for n in room._table(family)))
-                assert room._names(room._place("lora_unet_" + reference.replace(".", "_"))) == (name,)
-                assert room._names(room._place("diffusion_model." + reference)) == (name,)
+                reference = sgm_name(rest, any(n.startswith(".".join(name.split(".")[:3]) + ".attentions") for n in layer_table(family)))
+                assert layer_names(read_prefix("lora_unet_" + reference.replace(".", "_"))) == (name,)
+                assert layer_names(read_prefix("diffusion_model." + reference)) == (name,)
 
 
 def test_onetrainer_pieces():
@@ -386,7 +386,7 @@ def test_sums_in_every_dtype(dtype):
 
 def test_sums_are_fast():
     "A whole SDXL file of rank 16: all energies in a second of processor time, and a 20th of its L1 and top-K in a 20th of their budget."
-    layers = [shape for name, shape in room._table("sdxl").items() if name.startswith("unet.") and (".attn1." in name or ".attn2." in name)]
+    layers = [shape for name, shape in layer_table("sdxl").items() if name.startswith("unet.") and (".attn1." in name or ".attn2." in name)]
     assert len(layers) == 560
     updates = [LowRank(torch.randn(16, ins).half(), torch.randn(outs, 16).half(), 1.0) for outs, ins in layers]
     start = time.process_time(); [update.energy() for update in updates]
