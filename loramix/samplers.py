@@ -17,12 +17,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .fusion import Fusion, find_denoiser, find_sites, fuse, halves
+from .fusion import Fusion, find_denoiser, fuse, halves
 from .lora import LoRA
 from .merges import MERGES, Sides, merge, sides, ssr_merge, zip_merge
 from .plan import Plan, make_plan
 from .rules import conditional_only as half_only
 from .scores import paired_layers
+from .weights import find_sites
 
 # %% ../nbs/06a_samplers.ipynb #d332b1d7
 log = logging.getLogger("loramix")

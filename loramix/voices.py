@@ -13,11 +13,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from .fusion import Fusion, FusionError, _guided, fuse, halves
+from .fusion import Fusion, fuse, guided, halves
 from .lora import LoRA
 from .merges import Sides, project, sides
 from .samplers import Attached, acting, constant_plan
 from .scores import told_apart
+from .steps import FusionError
 
 # %% ../nbs/06c_voices.ipynb #df44f427
 def voices(
@@ -68,11 +69,11 @@ class Voices(Fusion):
     def before(self, module, args, kwargs):
         "Before a call of the pipeline: the half without the prompt and the bare weights; in a call without guidance the first voice."
         if self.inside is not None: return
-        guided = _guided(self.pipe)
-        first, self.call = halves(args, kwargs) if guided else ((args, kwargs),)*2
-        self.turn = 0 if guided else 1
+        split = guided(self.pipe)
+        first, self.call = halves(args, kwargs) if split else ((args, kwargs),)*2
+        self.turn = 0 if split else 1
         super().before(module, *first)
-        if guided: return first
+        if split: return first
 
     def after(self, module, args, output):
         "After a call (a failed one has no output): the other voices, and the mean."

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 import torch
 from PIL import Image
 
-from .fusion import entry_of, entry_steps, schedule_steps
+from .steps import entry_of, entry_steps, schedule_steps
 
 # %% ../nbs/07a_watching.ipynb #f994ef98
 def noise_levels(

@@ -251,7 +251,7 @@ def test_an_exception_inside_the_denoiser():
 
 def test_a_write_that_fails_midway(monkeypatch):
     "Memory runs out in the middle of a row: the next run is right, and so is the undo."
-    import loramix.fusion as room
+    import loramix.weights as room
     pipe = tiny.sd()
     _, loras = pair(pipe)
     before = weights(pipe)
@@ -553,7 +553,7 @@ def test_channels_last():
 @pytest.fixture(params=["alone", "batched"])
 def writing(request, monkeypatch):
     "Layers written one by one, as on a CPU, and in batches, as on a GPU."
-    import loramix.fusion as room
+    import loramix.weights as room
     if request.param == "batched": monkeypatch.setitem(room._SCRATCH, "cpu", 1 << 20)
     else: monkeypatch.setattr(room, "_LARGE", 64)           # and ranks side by side, as in large layers
     return request.param

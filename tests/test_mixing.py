@@ -10,12 +10,12 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import tiny
-from loramix.fusion import FusionError
 from loramix.mixing import Picture, load, mix
 from loramix.plan import Plan
 from loramix.probes import discrepancy, find_encoder
 from loramix.rules import direct, est
 from loramix.scores import score
+from loramix.steps import FusionError
 
 SIZE = dict(height=16, width=16)
 

@@ -9,10 +9,12 @@ from torch.nn import functional as F
 
 import tiny
 from tiny import BUILD, WIDE, NOISE, denoiser, run, quiet  # noqa: F401 (quiet is a fixture)
-from loramix.fusion import FusionError, find_sites, fuse
+from loramix.fusion import fuse
 from loramix.lora import read_lora
 from loramix.merges import direct_merge, sides
 from loramix.samplers import (Zipped, apply_lora, attach, composite, constant_plan, dynamic, moved_dot, moved_kl, overlap, rank_grams, record_calls, ssr_lora, zip_lora, zip_mergers)
+from loramix.steps import FusionError
+from loramix.weights import find_sites
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
