@@ -156,7 +156,7 @@ class Mix:
         prompt=None, # the prompt, or a list of prompts; None where `prompt_embeds` are given
         *,
         seed:int|None=None, # whole number; None: one is drawn and recorded, unless a generator is given
-        on_step:Callable|None=None, # called as on_step(step, steps) after each step, counted from 1; what it raises ends the run
+        on_step:Callable|None=None, # called as on_step(step, steps) after each step, counted from 0; what it raises ends the run
         **kwargs # for the pipeline: num_inference_steps, guidance_scale, image, negative_prompt, …
     ): # a PIL image; a list where there are several; the pipeline's own output where output_type is not "pil"
         "Draw with the mix. The first call measures the style discrepancy where the rule needs one and none was given."
@@ -310,13 +310,13 @@ class Mix:
 
 # %% ../nbs/08_mixing.ipynb #af28d796
 def step_callback(
-    on_step:Callable, # called as on_step(step, steps) after each step
+    on_step:Callable, # called as on_step(step, steps) after each step, counted from 0
     kwargs:dict # the other arguments of the call
 ) -> Callable: # for the pipeline's `callback_on_step_end`
     "A pipeline's callback that only watches. `ValueError` where the call has a callback of its own."
     if kwargs.get("callback_on_step_end") is not None: raise ValueError("A call takes on_step or callback_on_step_end, not both. Let your callback do both.")
     def callback(pipe, step, timestep, tensors):
-        on_step(step + 1, pipe.num_timesteps)
+        on_step(step, pipe.num_timesteps)
         return {}
     return callback
 
@@ -371,7 +371,7 @@ def explain(
     if beta is not None: lines.append(f"Drawn alone, the two differ by {float(beta):.2f} (0 is alike, 1 is unrelated): {_distance_words(float(beta))}.")
     lines.append(f"In the first step the subject decides in {percent(subject[0])} of the layers, in the last step in {percent(subject[-1])}; over the whole run in {percent(subject.mean())}.")
     behind = np.flatnonzero(subject < .5)
-    if subject[0] >= .5 and len(behind): lines.append(f"From step {behind[0] + 1} of {plan.steps} on, the style has the larger part.")
+    if subject[0] >= .5 and len(behind): lines.append(f"From step {behind[0]} of 0 … {plan.steps - 1} on, the style has the larger part.")
     return " ".join(lines + _movers(plan))
 
 # %% ../nbs/08_mixing.ipynb #d7023ebe

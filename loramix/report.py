@@ -1,4 +1,4 @@
-"""One page that explains one mix: what went in, what came out, what was chosen and why, and how to do it again.
+"""`mix.report()`: a page that explains one mix to somebody else, what went in, what came out, what was chosen and why, and how to do it again.
 
 Docs: https://loramix.github.io/loramix/report.html.md"""
 
@@ -19,12 +19,12 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 import numpy as np
 import torch
 
+from .controls import by_role, call_code
 from .diagrams import choices, crossing, energy_blocks, energy_map, probe_sheet, shares, turns
 from .drawing import figure_png, layer_place, plan_map, row_label
 from .plan import ramp
 from .probes import Discrepancy
 from .scores import ratios
-from .widgets import by_role, call_code
 
 # %% ../nbs/14_report.ipynb #c27820d2
 def tag(

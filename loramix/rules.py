@@ -221,8 +221,8 @@ def acfg(
     scores:Scores, # what `loramix.score` gave for the files; only the layers are read
     steps:int=50, # number of denoising steps
     *,
-    subject_window=(0., 34/49), # the subject's window: steps 1–35 of 50
-    style_window=(14/49, 1.), # the style's: steps 15–50 of 50
+    subject_window=(0., 34/49), # the subject's window: of 50 steps, counted from 0, those from 0 to 34
+    style_window=(14/49, 1.), # the style's: those from 14 to 49
     strengths=None, # the factor of each LoRA; None: 1 for each
     progress=None # p of each step; None: by position
 ) -> Plan:

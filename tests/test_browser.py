@@ -105,7 +105,7 @@ def test_generate_cancel_and_the_free_kernel(tab):
     second = image.get_attribute("src")
     go.click()
     stop.click()
-    tab.wait_for_function("() => document.querySelector('.loramix-run').innerText.includes('Cancelled after step')", timeout=60_000)
+    tab.wait_for_function("() => document.querySelector('.loramix-run').innerText.includes('Cancelled after')", timeout=60_000)
     assert image.get_attribute("src") == second
     no_errors(tab)
 

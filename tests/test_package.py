@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT/"nbs").rglob("*.ipynb"))
 MODULES = sorted(p.stem for p in (ROOT/"loramix").glob("*.py") if p.stem not in ("__init__", "_modidx"))
-ORDER = ["drawing", "diagrams", "lowrank", "files", "names", "lora", "scores", "merges", "plan", "rules", "steps", "weights", "fusion", "samplers", "export", "voices", "probes", "watching", "mixing", "testbed", "evaluate", "sweeps", "votes", "tuning", "catalog", "widgets", "cli", "report"]
+ORDER = ["drawing", "diagrams", "lowrank", "files", "names", "lora", "scores", "merges", "plan", "rules", "steps", "weights", "fusion", "samplers", "export", "voices", "probes", "watching", "mixing", "testbed", "evaluate", "sweeps", "votes", "tuning", "catalog", "stage", "controls", "widgets", "cli", "report"]
 LAZY = {("plan", "drawing"), ("scores", "drawing"), ("scores", "diagrams"), ("probes", "drawing"), ("probes", "diagrams"), ("lora", "drawing"), ("mixing", "widgets"), ("mixing", "report"), ("watching", "drawing")}
 
 

@@ -14,10 +14,12 @@ from PIL import Image
 import loramix
 import tiny
 from loramix import est, klora, score, switch
+from loramix.controls import Controls, Layers, Steps
 from loramix.mixing import load, mix
 from loramix.plan import Plan
 from loramix.scores import balance
-from loramix.widgets import Controls, Layers, Stage, State, Steps, contest, explore, layer_label, layer_words, plan_of, show, stage_png
+from loramix.stage import Stage, State, contest, layer_label, layer_words, plan_of, show, stage_png
+from loramix.widgets import explore
 from sized import sdxl_layers, sdxl_scores
 
 SIZE = dict(height=16, width=16)
@@ -191,7 +193,7 @@ def test_the_kernel_is_free_meanwhile_and_cancel_stops(monkeypatch):
     e.runner.stop.click()
     go_on.set()
     e.runner.wait(20)
-    assert "Cancelled after step 1 of 4" in e.runner.said.value and e.runner.error is None and e.runner.image is None
+    assert "Cancelled after 1 of 4 steps" in e.runner.said.value and e.runner.error is None and e.runner.image is None
     assert e.runner.stop.disabled and not e.runner.go.disabled
     monkeypatch.undo()
     e.runner.go.click()
