@@ -200,7 +200,7 @@ class Mix:
         prompt=None, # as in the call, for one picture
         *,
         seed:int|None=None, # as in the call
-        every:int=1, # keep each how-manieth step; the last one always
+        every:int=1, # keep one step in so many, from the first on; the last one always
         **kwargs # for the pipeline
     ) -> Watch: # `.image` is the picture of the call, to the pixel; `.pictures` what its steps expected to end with
         "Draw as the call does, and look at what the run believes on the way. `ValueError` for several pictures at once, or a pipeline or scheduler that cannot be watched."

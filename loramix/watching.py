@@ -102,7 +102,7 @@ def decode(
 class Followed:
     "What is heard of a run: the clean latents that its steps predicted."
     pipe:object # the pipeline
-    every:int # each how-manieth step is kept; the last one always
+    every:int # one step in so many is kept, from the first on; the last one always
     latents:dict = field(default_factory=dict) # step, from 0 -> predicted clean latents
     total:int = 0 # steps of the run
     timesteps:object = None # the schedule of the run that is heard
@@ -123,7 +123,7 @@ class Followed:
 @contextmanager
 def follow(
     pipe, # a diffusers pipeline; what it draws inside the `with` is the same to the pixel
-    every:int=1 # keep each how-manieth step; the last one always
+    every:int=1 # keep one step in so many, from the first on; the last one always
 ):
     "Listen to the run of a pipeline: `with follow(pipe) as heard: pipe(…)`, then `heard.latents`, `heard.pictures(size)`. `ValueError` for pipelines that cannot be watched."
     if isinstance(every, bool) or not isinstance(every, int) or every < 1: raise ValueError(f"every is a whole number of steps, at least 1; got {every!r}.")
