@@ -1,4 +1,4 @@
-"""Several LoRAs in, one LoRA out: the static rivals, each on the true ΔW, each with a record of how it was made.
+"""Several LoRAs in, one LoRA out: nine ways to merge, each on the true ΔW, each with a record of how it was made.
 
 Docs: https://loramix.github.io/loramix/merges.html.md"""
 
