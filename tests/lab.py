@@ -54,16 +54,26 @@ def _await(ready, server, folder, seconds=60):
 
 
 @contextlib.contextmanager
-def page(width=1280, height=1500):
-    "A page of a headless Chromium."
+def chromium():
+    "A headless Chromium."
     from playwright.sync_api import sync_playwright
     with sync_playwright() as p:
         browser = p.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        try:
-            tab = browser.new_page(viewport=dict(width=width, height=height))
-            tab.set_default_timeout(30_000)
-            yield tab
+        try: yield browser
         finally: browser.close()
+
+
+def new_page(browser, width=1280, height=1500, **settings):
+    "A page of a browser."
+    tab = browser.new_page(viewport=dict(width=width, height=height), **settings)
+    tab.set_default_timeout(30_000)
+    return tab
+
+
+@contextlib.contextmanager
+def page(width=1280, height=1500):
+    "A page of a Chromium of its own."
+    with chromium() as browser: yield new_page(browser, width, height)
 
 
 def write_notebook(path, *cells) -> None:

@@ -1,6 +1,7 @@
-"""The explorer in JupyterLab and Chromium: every slider by keyboard and by mouse, Generate, no error, no memory that grows, the time of a move.
+"""The explorer in JupyterLab and Chromium: every slider by keyboard and by mouse, Generate, no error, no memory that grows, the time of a move. And the vote page for people without Jupyter.
 
 The times are printed (`pytest -rP tests/test_browser.py`) and not asserted tightly, since they depend on the machine; `benchmarks/widget_speed.py` prints them too."""
+import json
 import statistics
 
 import pytest
@@ -31,10 +32,16 @@ def changes(tab, act, picture=PICTURE):
 
 
 @pytest.fixture(scope="module")
-def tab(tmp_path_factory):
+def browser():
+    with lab.chromium() as browser: yield browser
+
+
+@pytest.fixture(scope="module")
+def tab(browser, tmp_path_factory):
     folder = tmp_path_factory.mktemp("lab")
     lab.write_notebook(folder/"explorer.ipynb", SETUP, LARGE)
-    with lab.lab(folder) as url, lab.page() as tab:
+    with lab.lab(folder) as url:
+        tab = lab.new_page(browser)
         tab.problems = []
         tab.on("pageerror", lambda error: tab.problems.append(str(error)))
         lab.open_and_run(tab, url, "explorer.ipynb")
@@ -136,3 +143,95 @@ def test_time_of_a_move_and_memory_after_200(tab):
     assert statistics.median(first) < 2000
     assert after[0] - before[0] <= 5e6 and after[1] == before[1]
     no_errors(tab)
+
+
+@pytest.fixture(scope="module")
+def asked(tmp_path_factory):
+    "A vote page over a small real sweep, and its key."
+    from loramix.sweeps import sweep
+    from loramix.votes import vote_page
+    folder = tmp_path_factory.mktemp("votes")
+    made = sweep(["subject", "direct"], [("robot", "line"), ("swan", "night")], 2, store=folder/"bench.sqlite", run=dict(num_inference_steps=2), progress=False)
+    return folder/"vote.html", vote_page(made, folder/"vote.html", count=8)
+
+
+@pytest.fixture
+def ballot_tab(browser, asked):
+    "The page as a colleague opens it, from a file; what it asks the network for, and its errors, are kept."
+    tab = lab.new_page(browser, 1000, 900, accept_downloads=True)
+    tab.problems, tab.asked = [], []
+    tab.on("pageerror", lambda error: tab.problems.append(str(error)))
+    tab.on("console", lambda message: message.type == "error" and tab.problems.append(message.text))
+    tab.on("request", lambda request: tab.asked.append(request.url))
+    tab.goto(asked[0].as_uri())
+    yield tab
+    assert not tab.problems and {url for url in tab.asked if not url.startswith(("data:", "blob:"))} == {asked[0].as_uri()}
+    tab.close()
+
+
+def count(tab): return tab.locator("#count").inner_text()
+
+
+def save(tab, act, folder):
+    "Do what saves the votes; the file that comes."
+    with tab.expect_download() as coming: act()
+    coming.value.save_as(folder/coming.value.suggested_filename)
+    return folder/coming.value.suggested_filename
+
+
+def test_vote_page_by_mouse_and_key_to_a_ranking(ballot_tab, asked, tmp_path):
+    "One method is preferred in every question, by mouse and by key in turns, over a reload; the saved file gives these votes and that ranking."
+    from loramix.votes import rank, read_page_votes
+    tab, ballot = ballot_tab, json.loads(asked[1].read_text())["ballot"]
+    assert tab.locator("#save").is_disabled() and tab.locator("#back").is_disabled()
+    tab.locator("#voter").fill("Ada z")                                             # keys in the field are letters, no votes
+    assert count(tab) == "Question 1 of 8"
+    for i, question in enumerate(ballot):
+        assert count(tab) == f"Question {i + 1} of 8"
+        side = "left" if question["left"] == "subject" else "right"
+        if i % 2: tab.get_by_role("button", name=f"{side} is better").click()
+        else: tab.locator("h1").click(), tab.keyboard.press(dict(left="ArrowLeft", right="ArrowRight")[side])
+        if i == 3:
+            tab.reload()
+            assert tab.locator("#voter").input_value() == "Ada z"
+    assert count(tab).startswith("All 8 questions are answered") and tab.locator("#asks").is_hidden()
+    assert all(tab.locator("[data-choice]").nth(i).is_disabled() for i in range(3))
+    file = save(tab, tab.get_by_role("button", name="save votes").click, tmp_path)
+    assert file.name == "votes-Ada z.json" and file.name in tab.locator("#note").inner_text()
+    cast = read_page_votes(asked[1], file)
+    assert [(v.subject, v.style, v.seed, v.left, v.right) for v in cast] == [(q["subject"], q["style"], q["seed"], q["left"], q["right"]) for q in ballot]
+    assert {v.voter for v in cast} == {"Ada z"} and {v.choice for v in cast} == {"left", "right"}
+    table = rank(cast, draws=100)
+    assert list(table.index) == ["subject", "direct"] and table.wins.tolist() == [8, 0]
+
+
+def test_vote_page_ties_one_back_and_the_keyboard_alone(ballot_tab, asked, tmp_path):
+    "Space is a tie, also after a click of the mouse; z takes the last one back; a button that has the focus is pressed by space, and votes for nothing."
+    from loramix.votes import read_page_votes
+    tab = ballot_tab
+    tab.get_by_role("button", name="left is better").click()
+    tab.keyboard.press(" "), tab.keyboard.press("ArrowRight")
+    assert count(tab) == "Question 4 of 8"
+    tab.keyboard.press("z"), tab.get_by_role("button", name="one back").click()
+    assert count(tab) == "Question 2 of 8"
+    tab.get_by_role("button", name="no difference").click()
+    tab.locator("#save").focus()
+    file = save(tab, lambda: tab.keyboard.press(" "), tmp_path)
+    assert count(tab) == "Question 3 of 8" and file.name == "votes-anonymous.json"
+    assert [v.choice for v in read_page_votes(asked[1], file)] == ["left", "tie"]
+
+
+def test_vote_page_shows_whole_pixels_and_fits_by_day_and_by_night(ballot_tab):
+    "Small pictures grow by whole factors; nothing sticks out, on a telephone either; text stands out from its ground in both settings."
+    tab = ballot_tab
+    tab.wait_for_function("() => [...document.images].length === 5 && [...document.images].every(image => image.complete)")
+    widths = tab.evaluate("() => [...document.images].map(image => [image.naturalWidth, image.width])")
+    assert widths and all(shown % own == 0 for own, shown in widths)
+    for width in (1000, 400):
+        tab.set_viewport_size(dict(width=width, height=900))
+        assert tab.evaluate("() => document.documentElement.scrollWidth") <= width
+    light = """() => ['color', 'backgroundColor'].map(name => { const [r, g, b] = getComputedStyle(document.body)[name].match(/[0-9]+/g).map(Number); return .2126*r + .7152*g + .0722*b })"""
+    for scheme in ("light", "dark"):
+        tab.emulate_media(color_scheme=scheme)
+        ink, paper = tab.evaluate(light)
+        assert abs(ink - paper) > 150 and (ink < paper) == (scheme == "light")
