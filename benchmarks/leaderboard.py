@@ -2,6 +2,7 @@
 
     python benchmarks/leaderboard.py                    # stop it and call it again at will; accelerate launch --multi_gpu --num_processes N … shares the work
     python benchmarks/leaderboard.py --cost             # time and memory only, on an idle machine; the table takes them up the next time
+    python benchmarks/leaderboard.py --grid             # the grid search that gave GRID_FOUND: tuning pairs, the probe encoder
 
 Writes leaderboard.csv (a line for each split and method), leaderboard.md, leaderboard.png (held-out pairs, seed 0), leaderboard_pictures.csv.gz (a line a picture)
 and leaderboard_cost.csv. Pictures are kept in leaderboard.sqlite (not in the repository). A new method is a line in METHODS."""
@@ -19,6 +20,8 @@ HERE = Path(__file__).parent
 REFERENCE = "NP-LoRA"                                                             # the best published static merge; every other is compared with it
 SPLITS = {"held-out": "Held-out pairs: subjects and styles that no setting was chosen on", "tuning": "Tuning pairs", "mixed": "Mixed pairs"}
 COST_PAIR = ("rocket", "stamp")
+GRID = dict(strengths=([.5, .75, 1., 1.25], [.5, .75, 1., 1.25]))                 # factors of subject and style
+GRID_FOUND = [1., 1.]
 
 
 def calibrated(pipe, subject, style, *, method, prompt, run, **settings):
@@ -35,6 +38,7 @@ METHODS = [
     named("style LoRA alone", "style"),
     # static merges
     named("plain sum", "direct"),
+    named("plain sum, weights by grid search", "direct", strengths=GRID_FOUND),
     named("weight average", "average"),
     named("SVD merge", "svd"),
     named("TIES", "ties"),
@@ -73,6 +77,7 @@ def main(args):
         table = cost(methods, *COST_PAIR, world=world, rounds=args.rounds)
         table.to_csv(args.out/"leaderboard_cost.csv")
         return print(table.round(3).to_string())
+    if args.grid: return print(loramix.tune("direct", GRID, sampler="grid", world=world, store=args.store, batch=args.batch))
     made = {split: loramix.sweep(methods, split, args.seeds, world=world, store=args.store, batch=args.batch) for split in args.splits}
     if next(iter(made.values())).crew.main: write(made, args.out)
 
@@ -114,6 +119,7 @@ if __name__ == "__main__":
     parser.add_argument("--seeds", type=int, default=8)
     parser.add_argument("--batch", type=int, default=4, help="seeds drawn in one call")
     parser.add_argument("--cost", action="store_true", help="measure time and memory instead")
+    parser.add_argument("--grid", action="store_true", help="search the weights of the sum instead")
     parser.add_argument("--rounds", type=int, default=7, help="rounds of --cost")
     parser.add_argument("--store", type=Path, default=HERE/"leaderboard.sqlite")
     parser.add_argument("--out", type=Path, default=HERE)
