@@ -524,7 +524,7 @@ def draw_curves(axes, lines, x, colours, level) -> None:
     everything = np.concatenate([*lines, [0.] if level is None else [0., level]])
     low, high, across = everything.min(), everything.max(), np.ptp(x) or 1
     axes.set(ylim=(low - .06*(high - low)*(low < 0), high + .06*(high - low) + (high == low)), xlim=(x.min() - .02*across, x.max() + .02*across))
-    axes.xaxis.set_major_locator(MaxNLocator(10, integer=bool((x == np.round(x)).all())))
+    axes.xaxis.set_major_locator(MaxNLocator(10, steps=[1, 2, 5, 10], integer=bool((x == np.round(x)).all())))
     if level is not None: axes.axhline(level, color=INK, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
 
 # %% ../nbs/00a_diagrams.ipynb #34ae2fe0
@@ -572,7 +572,7 @@ def draw_intervals(axes, table, zero, colours, height:int) -> None:
     for (value, low, high), y, colour in zip(table, at, colours):
         axes.plot([low, high], [y, y], color=colour, linewidth=2, solid_capstyle="butt")
         axes.plot(value, y, "o", color=colour, markersize=7, markeredgewidth=0)
-    axes.xaxis.set_major_locator(MaxNLocator(7))
+    axes.xaxis.set_major_locator(MaxNLocator(7, steps=[1, 2, 5, 10]))
 
 # %% ../nbs/00a_diagrams.ipynb #4f5d2edb
 @plain

@@ -199,9 +199,10 @@ def figure_png(
     "The figure as the bytes of a PNG: the same bytes for the same figure. Diagrams get a palette, a third of the size; pictures stay exact."
     out = io.BytesIO()
     fig.savefig(out, format="png", dpi=fig.dpi if dpi is None else dpi, facecolor=fig.get_facecolor(), metadata={"Software": None})
-    if not getattr(fig, "flat", False): return out.getvalue()
-    page, out = Image.open(out).convert("RGB"), io.BytesIO()
-    page.quantize(256, dither=Image.Dither.NONE).save(out, "png", optimize=True)
+    page, out = Image.open(out), io.BytesIO()
+    if page.getextrema()[-1] == (255, 255): page = page.convert("RGB")                 # nothing shines through
+    if getattr(fig, "flat", False): page = page.convert("RGB").quantize(256, dither=Image.Dither.NONE)
+    page.save(out, "png", optimize=True)
     return out.getvalue()
 
 class Drawing(Figure):

@@ -229,11 +229,11 @@ def _data_url(image):
     image.convert("RGB").save(file, "PNG", pnginfo=None)
     return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
 
-def _question_html(seen, width=160):
+def _question_html(seen, width=192):
     "The pictures of a question as HTML."
     names = dict(subject="the subject", style="the style", left="left", right="right")
-    cell = lambda side: "<div>" + "".join(f'<img alt="{names[side]}" width="{width if side in ("left", "right") else width//2}" style="image-rendering:pixelated;margin:2px" src="{_data_url(image)}">' for image in seen[side]) + f"<br>{names[side]}</div>"
-    return '<div style="display:flex;gap:1.5rem;align-items:end;text-align:center">' + "".join(cell(side) for side in names if side in seen) + "</div>"
+    cell = lambda side: "<div>" + "".join(f'<img alt="{names[side]}" width="{width if side in ("left", "right") else 2*width//3}" style="{"image-rendering:pixelated;" if image.width < width else ""}margin:2px" src="{_data_url(image)}">' for image in seen[side]) + f"<br>{names[side]}</div>"
+    return '<div style="display:flex;flex-wrap:wrap;gap:1.5rem;align-items:end;text-align:center">' + "".join(cell(side) for side in names if side in seen) + "</div>"
 
 # %% ../nbs/10b_votes.ipynb #e7068e65
 def vote_page(
@@ -254,39 +254,73 @@ def vote_page(
     return key
 
 # %% ../nbs/10b_votes.ipynb #00aae0ba
-_PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>Which one is better?</title>
-<style>body{font:17px/1.5 system-ui,sans-serif;color:#222;background:#fdfcf9;max-width:52rem;margin:1.5rem auto;padding:0 1rem}.row{display:flex;gap:2rem;align-items:end;flex-wrap:wrap;text-align:center}
-img{image-rendering:pixelated;margin:2px;background:#fff}.small img{width:96px}.big img{width:224px}button{font:inherit;padding:.5rem 1rem;margin:1rem .5rem 0 0}input{font:inherit}</style>
-<h1>Which one shows this subject in this style better?</h1><p>Names are hidden and sides drawn by lot. Keys: ← left, → right, space for no difference, z one back. Your votes stay in this browser until you save them; then send the file to whoever sent you this page.</p>
-<p><label>Your name, or any other: <input id="voter"></label></p><p id="count" aria-live="polite"></p>
-<div class="row"><div class="small"><span id="subject"></span><br>the subject</div><div class="small"><span id="style"></span><br>the style</div></div>
-<div class="row"><div class="big"><span id="left"></span><br>left</div><div class="big"><span id="right"></span><br>right</div></div>
-<p><button data-choice="left">left is better</button><button data-choice="tie">no difference</button><button data-choice="right">right is better</button><button id="back">one back</button><button id="save">save votes</button></p>
+_PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width"><meta name="color-scheme" content="light dark"><title>Which one is better?</title>
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'">
+<style>
+:root{--paper:#FCFBF8;--ink:#22262B;--faint:#5C6167;--ground:#F3F1EB;--line:#D8D5CC;--blue:#14609F;--on:#fff}
+@media(prefers-color-scheme:dark){:root{--paper:#1B1D20;--ink:#E9E7E2;--faint:#A5A9AE;--ground:#26292D;--line:#4A4F55;--blue:#8DBDE8;--on:#1B1D20}}
+*{box-sizing:border-box}body{font:17px/1.45 system-ui,"DejaVu Sans",sans-serif;color:var(--ink);background:var(--paper);max-width:48rem;margin:1rem auto;padding:0 1rem}
+h1{font-size:1.35em;margin:.4em 0}p{margin:.4em 0}.faint{color:var(--faint);font-size:.88em}progress{width:100%;height:.5rem;accent-color:var(--blue)}
+.row{display:flex;gap:1.5rem;flex-wrap:wrap}.card{background:var(--ground);border:1px solid var(--line);border-radius:8px;padding:.6rem;margin:.5rem 0;text-align:center}.card b{display:block;font-weight:600;font-size:.9em;margin-bottom:.3rem}
+.pair{display:flex;gap:1.5rem;justify-content:center}.pair .card{flex:1 1 0;min-width:0}
+img{max-width:100%;height:auto;margin:0 2px;vertical-align:bottom}.small img{width:128px}.big img{width:320px}img.tiny{image-rendering:pixelated}.big img.tiny{width:256px}
+button,input{font:inherit;color:var(--ink);background:var(--paper);border:1px solid var(--line);border-radius:6px;padding:.45rem .8rem}button{cursor:pointer}button:hover:enabled{border-color:var(--blue)}button:disabled{opacity:.45;cursor:default}
+:focus-visible{outline:3px solid var(--blue);outline-offset:2px}.pair button{width:100%;margin-top:.6rem}.go{background:var(--blue);border-color:var(--blue);color:var(--on)}kbd{font:inherit;font-size:.85em;border:1px solid var(--line);border-radius:4px;padding:0 .35em;background:var(--paper);color:var(--ink)}
+.bar{display:flex;gap:.6rem;flex-wrap:wrap;align-items:center;margin:.8rem 0}.bar .end{margin-left:auto}@media(max-width:34rem){.pair{gap:.6rem}.row{gap:.6rem}.small img{width:96px}}
+</style>
+<h1>Which one shows this subject in this style better?</h1>
+<p class="faint">Two programs drew the same picture; whose is whose is hidden, and sides are drawn by lot. Click, or press <kbd>←</kbd> left, <kbd>→</kbd> right, <kbd>space</kbd> no difference, <kbd>z</kbd> one back.</p>
+<progress id="bar" value="0" aria-label="questions answered"></progress><p id="count" aria-live="polite"></p>
+<div id="asks"><div class="row"><div class="card small"><b>the subject</b><span id="subject"></span></div><div class="card small"><b>the style, on other subjects</b><span id="style"></span></div></div>
+<div class="pair"><div class="card big"><b>left</b><span id="left"></span><button data-choice="left">left is better <kbd>←</kbd></button></div>
+<div class="card big"><b>right</b><span id="right"></span><button data-choice="right">right is better <kbd>→</kbd></button></div></div></div>
+<div class="bar"><button data-choice="tie">no difference <kbd>space</kbd></button><button id="back">one back <kbd>z</kbd></button><span class="end"><label>your name (any) <input id="voter" size="8"></label> <button id="save">save votes</button></span></div>
+<p id="note" class="faint" aria-live="polite">Your votes stay in this browser until you save them as a file; send that file to whoever sent you this page.</p>
 <script>
 const page = "PAGE_ID", questions = QUESTIONS, store = "loramix-vote-" + page;
 let kept; try { kept = JSON.parse(localStorage.getItem(store)) } catch { kept = null }
 kept = kept || {votes: {}, voter: ""};
 const by = id => document.getElementById(id);
 by("voter").value = kept.voter;
-const keep = () => { try { localStorage.setItem(store, JSON.stringify(kept)) } catch {} };
+function keep() {
+  try { localStorage.setItem(store, JSON.stringify(kept)) }
+  catch { by("note").textContent = "This browser keeps nothing for this page: save your votes before you close it." }
+}
 const at = () => questions.findIndex((q, i) => !(i in kept.votes));
+function picture(source, alt) {
+  const image = new Image();
+  image.onload = () => image.classList.toggle("tiny", image.naturalWidth <= 128);
+  return Object.assign(image, {src: source, alt});
+}
 function show() {
-  const i = at();
-  by("count").textContent = i < 0 ? "All " + questions.length + " answered. Please save your votes." : "Question " + (i + 1) + " of " + questions.length;
+  const i = at(), done = Object.keys(kept.votes).length;
+  by("count").textContent = i < 0 ? "All " + questions.length + " questions are answered. Please save your votes." : "Question " + (i + 1) + " of " + questions.length;
+  by("bar").max = questions.length; by("bar").value = done;
+  by("asks").hidden = i < 0;
+  by("save").classList.toggle("go", i < 0); by("save").disabled = by("back").disabled = done === 0;
+  document.querySelectorAll("[data-choice]").forEach(button => button.disabled = i < 0);
   for (const part of ["subject", "style", "left", "right"]) {
-    by(part).replaceChildren(...(i < 0 ? [] : questions[i][part] || []).map(source => Object.assign(new Image(), {src: source, alt: part})));
+    const sources = i < 0 ? [] : questions[i][part] || [];
+    by(part).replaceChildren(...sources.map(source => picture(source, part)));
+    by(part).parentElement.hidden = !sources.length;
   }
 }
 function choose(choice) { const i = at(); if (i >= 0) { kept.votes[i] = {choice, time: Date.now()/1000}; keep(); show() } }
 function back() { const i = at() < 0 ? questions.length : at(); if (i > 0) { delete kept.votes[i - 1]; keep(); show() } }
-document.querySelectorAll("[data-choice]").forEach(b => b.onclick = () => choose(b.dataset.choice));
-by("back").onclick = back;
+document.querySelectorAll("button").forEach(button => button.addEventListener("click", e => { if (e.detail) button.blur() }));  // after a click of the mouse, space means "no difference" again
+document.querySelectorAll("[data-choice]").forEach(button => button.addEventListener("click", () => choose(button.dataset.choice)));
+by("back").addEventListener("click", back);
 by("voter").oninput = e => { kept.voter = e.target.value; keep() };
-by("save").onclick = () => {
+by("save").addEventListener("click", () => {
   const text = JSON.stringify({kind: "loramix page votes", page, voter: kept.voter, votes: kept.votes}), a = document.createElement("a");
   a.href = URL.createObjectURL(new Blob([text], {type: "application/json"})); a.download = "votes-" + (kept.voter || "anonymous") + ".json"; a.click();
+  by("note").textContent = "Saved as " + a.download + ". Please send this file to whoever sent you this page.";
+});
+document.onkeydown = e => {
+  if (e.target === by("voter") || e.ctrlKey || e.metaKey || e.altKey || e.repeat || (e.key === " " && e.target.tagName === "BUTTON")) return;
+  const choice = {ArrowLeft: "left", ArrowRight: "right", " ": "tie"}[e.key];
+  if (choice) { e.preventDefault(); choose(choice) } else if (e.key === "z") back();
 };
-document.onkeydown = e => { if (e.target === by("voter")) return; const c = {ArrowLeft: "left", ArrowRight: "right", " ": "tie"}[e.key]; if (c) { e.preventDefault(); choose(c) } else if (e.key === "z") back() };
 show();
 </script></html>
 """
