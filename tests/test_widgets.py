@@ -326,6 +326,12 @@ def test_mixes_of_other_kinds():
         e.runner.go.click()
         e.runner.wait()
         assert e.runner.error is None and m.plan.rule["name"] == "est"
+    with mix(pipe, lora(1), lora(2), rule="acfg", subject_window=(0., .5)) as m:
+        e = m.explore(prompt="a dog", steps=4, **SIZE)
+        assert torch.equal(e.plan.choice, m.plan_for(4).choice) and e.stage.note.get_text() == "This rule compares nothing."
+        e.runner.go.click()
+        e.runner.wait()
+        assert e.runner.error is None and torch.equal(m.plan.weights, e.plan.weights) and "subject_window=(0.0, 0.5)" in e.as_code()
     def late(scores, steps, *, strengths=None): return est(scores, steps, discrepancy=2., strengths=strengths)
     with mix(pipe, lora(1), lora(2), rule=late) as m:
         e = m.explore(prompt="a dog", steps=4, **SIZE)
