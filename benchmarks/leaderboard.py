@@ -21,7 +21,7 @@ REFERENCE = "NP-LoRA"                                                           
 SPLITS = {"held-out": "Held-out pairs: subjects and styles that no setting was chosen on", "tuning": "Tuning pairs", "mixed": "Mixed pairs"}
 COST_PAIR = ("rocket", "stamp")
 GRID = dict(strengths=([.5, .75, 1., 1.25], [.5, .75, 1., 1.25]))                 # factors of subject and style
-GRID_FOUND = [1., 1.]
+GRID_FOUND = [1., 1.25]
 
 
 def calibrated(pipe, subject, style, *, method, prompt, run, **settings):
