@@ -68,7 +68,7 @@ METHODS = [
     named("NP-LoRA, conditional half only", "np", conditional_only=True),
     Method("trio", dict(), label="trio (three voices)", make=loramix.trio),
 ]
-SHOWN = ["subject LoRA alone", "style LoRA alone", "plain sum", "NP-LoRA", "ZipLoRA", "K-LoRA", "EST-LoRA", "soft EST", "NP-LoRA, conditional half only", "trio (three voices)"]
+SHOWN = ["subject LoRA alone", "style LoRA alone", "plain sum", "NP-LoRA", "ZipLoRA", "K-LoRA", "EST-LoRA", "soft EST", "soft EST, conditional half only", "NP-LoRA, conditional half only", "trio (three voices)"]
 
 
 def main(args):
