@@ -1,13 +1,14 @@
 """What a mix costs: the time of one picture against one merged LoRA, and the memory on top of the pipeline.
 
-    python benchmarks/fusion_speed.py [--model small|sdxl] [--pairs 30] [--steps 20] [--device cpu|cuda] [--tolerance 0]
+    python benchmarks/fusion_speed.py [--model small|sdxl] [--pairs 30] [--steps 20] [--device cpu|cuda] [--tolerance 0] [--turn picture|step]
 
-Pictures come in interleaved rounds, in an order drawn anew each time: a LoRA merged by `fuse_lora`, the same again (A/A: what the clock itself is worth), a hard plan,
-a soft plan. The hard plan lets every layer go over from the subject to the style once, at a step of its own; the soft one changes every layer at every step, which
-is the most that a plan can ask for. Ratios are of summed times over rounds, with a bootstrap over rounds; the bound is one-sided, 95 %.
+Pictures come in interleaved rounds, in an order drawn anew each time. With `--turn step` the pictures of a round are made side by side, a step of each in turn, and a picture's time
+is the sum of its own turns: where one picture takes a minute, a neighbour who wakes up then slows all arms alike. The arms: a LoRA merged by `fuse_lora`, the same again (A/A: what the clock itself is worth), a hard plan,
+a soft plan, soft EST. The hard plan lets every layer go over from the subject to the style once, at a step of its own; the soft one changes every layer at every step, which
+is the most that a plan can ask for; `est` is the plan that `loramix.mix(…, rule="est", temperature=0.5)` makes of the two LoRAs, at the tolerance that `mix` has by itself. Ratios are of summed times over rounds, with a bootstrap over rounds; the bound is one-sided, 95 %.
 
 small: the pipeline that ships with loramix (random weights of its shape where it is not there); sdxl: the true shapes of the SDXL UNet, random bfloat16 weights, 256 pixels."""
-import argparse, dataclasses, gc, random, resource, statistics, time
+import argparse, dataclasses, gc, inspect, random, resource, statistics, time
 from pathlib import Path
 
 import torch
@@ -18,6 +19,7 @@ from loramix.fusion import fuse
 from loramix.lora import read_lora
 from loramix.plan import make_plan
 
+MIX_TOLERANCE = inspect.signature(loramix.mix).parameters["tolerance"].default
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 
 
@@ -70,12 +72,13 @@ def lora_state(unet, seed, rank, dtype):
     for name, layer in unet.named_modules():
         if isinstance(layer, torch.nn.Linear) and name.endswith(ATTENTION):
             state[f"unet.{name}.lora_A.weight"] = (0.02*torch.randn(rank, layer.in_features, generator=draw)).to(dtype)
-            state[f"unet.{name}.lora_B.weight"] = (0.02*torch.randn(layer.out_features, rank, generator=draw)).to(dtype)
+            large = 0.02*torch.randn((), generator=draw).mul(0.3).exp()                       # layers differ in energy, as in files from training
+            state[f"unet.{name}.lora_B.weight"] = (large*torch.randn(layer.out_features, rank, generator=draw)).to(dtype)
     return state
 
 
 def plans(loras, steps):
-    "(hard, soft)"
+    "{name: plan}"
     layers = tuple(loras[0].denoiser)
     over = torch.randint(1, max(steps, 2), (len(layers),), generator=torch.Generator().manual_seed(0))
     style = (torch.arange(steps)[:, None] >= over).float()
@@ -83,7 +86,7 @@ def plans(loras, steps):
     ramp = torch.linspace(0.1, 0.9, steps)[:, None] + 0.1*torch.rand(1, len(layers), generator=torch.Generator().manual_seed(1))
     soft = torch.stack([1 - ramp, ramp], -1)
     make = lambda choice, name: make_plan(choice, layers, [lora.name for lora in loras], ["subject", "style"], {"name": name})
-    return make(hard, "hard"), make(soft, "soft")
+    return dict(hard=make(hard, "hard"), soft=make(soft, "soft"), est=loramix.est(loramix.score(*loras), steps, discrepancy=0.5, temperature=0.5))
 
 
 def timed(pipe, run, steps, device):
@@ -96,6 +99,29 @@ def timed(pipe, run, steps, device):
     clock, work = time.perf_counter() - clock, time.process_time() - work
     gc.enable()
     return clock, work
+
+
+def timed_in_turn(pipes, run, steps, device, draw):
+    "{name: seconds of one picture, on the clock and of processor time}: every pipeline makes one, a step of each in turn."
+    from greenlet import greenlet, getcurrent                       # one thread, so that the arms share the pool of workers and no other waits beside it
+    main, spent = getcurrent(), {name: [0., 0.] for name in pipes}
+    def pause(pipe, step, t, values):
+        if device == "cuda": torch.cuda.synchronize()
+        main.switch()
+        return values
+    turns = {name: greenlet(lambda pipe=pipe: pipe(num_inference_steps=steps, callback_on_step_end=pause, **run)) for name, pipe in pipes.items()}
+    gc.disable()
+    with torch.no_grad():                                           # held over all turns: a pipeline that ends must not switch gradients on for the others
+        while any(not turn.dead for turn in turns.values()):
+            names = [name for name, turn in turns.items() if not turn.dead]
+            draw.shuffle(names)
+            for name in names:
+                clock, work = time.perf_counter(), time.process_time()
+                turns[name].switch()
+                if device == "cuda": torch.cuda.synchronize()
+                spent[name][0] += time.perf_counter() - clock; spent[name][1] += time.process_time() - work
+    gc.enable()
+    return {name: tuple(seconds) for name, seconds in spent.items()}
 
 
 def bound(over, under, rounds=4000, seed=0):
@@ -129,25 +155,32 @@ def main(args):
     merged, _, _ = build(args.model, args.device)
     merged.load_lora_weights(dict(states["subject"]), adapter_name="subject")
     merged.fuse_lora(); merged.unload_lora_weights()
-    print(f"{what}; {len(loras[0].denoiser)} layers of rank {args.rank}; {args.steps} steps; {args.pairs} rounds; {args.device}, {args.threads} threads, torch {torch.__version__}", flush=True)
+    again = type(merged)(**merged.components)                       # the same weights, with a scheduler of its own
+    again.scheduler = DDIMScheduler.from_config(merged.scheduler.config)
+    again.set_progress_bar_config(disable=True)
+    print(f"{what}; {len(loras[0].denoiser)} layers of rank {args.rank}; {args.steps} steps; {args.pairs} rounds by {args.turn}; {args.device}, {args.threads} threads, torch {torch.__version__}", flush=True)
 
     results, notes = {}, []
-    for k, plan in enumerate(plans(loras, args.steps)):
+    for kind in args.plans:
         gc.collect()
         if args.device == "cuda": torch.cuda.reset_peak_memory_stats(); base = torch.cuda.memory_allocated()
-        fusion = fuse(pipe, lambda steps: plans(loras, steps)[k], loras, tolerance=args.tolerance, backup=args.backup)
-        arms = {"merged": merged, "again": merged, "mix": pipe} if k == 0 or args.model == "small" else {"merged": merged, "mix": pipe}    # one A/A is enough where a picture takes a minute
+        fusion = fuse(pipe, lambda steps: plans(loras, steps)[kind], loras, tolerance=MIX_TOLERANCE if kind == "est" else args.tolerance, backup=args.backup)
+        arms = {"merged": merged, "again": again, "mix": pipe} if kind == args.plans[0] or args.model == "small" else {"merged": merged, "mix": pipe}    # one A/A is enough where a picture takes a minute
         times = {name: [] for name in arms}
         for name, arm in arms.items(): timed(arm, run, args.steps if args.model == "small" else 2, args.device)                          # warm up
         order, draw, before = list(arms), random.Random(1), fusion.changes
         for _ in range(args.pairs):
-            draw.shuffle(order)
-            for name in order: times[name].append(timed(arms[name], run, args.steps, args.device))
+            if args.turn == "step": took = timed_in_turn(arms, run, args.steps, args.device, draw)
+            else:
+                draw.shuffle(order)
+                took = {name: timed(arms[name], run, args.steps, args.device) for name in order}
+            for name in order: times[name].append(took[name])
+            if args.model == "sdxl": print(f"    {kind} " + ", ".join(f"{name} {took[name][0]:.2f} s" for name in arms), flush=True)
         edits = (fusion.changes - before)/args.pairs
         copies, factors, files, scratch = memory(fusion, loras)
-        notes.append(f"{plan.rule['name']}: {edits:.0f} layer edits a picture; memory: copies {copies/2**20:.1f} MiB, factors beyond the LoRAs' own {factors/2**20:.1f} MiB "
+        notes.append(f"{kind}: {edits:.0f} layer edits a picture; memory: copies {copies/2**20:.1f} MiB, factors beyond the LoRAs' own {factors/2**20:.1f} MiB "
             f"(LoRAs {files/2**20:.1f} MiB), scratch {scratch/2**20:.1f} MiB" + (f", GPU peak of the mix {(torch.cuda.max_memory_allocated() - base)/2**20:.0f} MiB" if args.device == "cuda" else ""))
-        results[plan.rule["name"]] = times
+        results[kind] = times
         fusion.remove()
 
     print(f"\n{'plan':6} {'measure':10} {'merged s':>9} {'mix s':>9} {'ratio':>7} {'≤ 95 %':>7} {'median':>7}   {'A/A':>7} {'≤ 95 %':>7}")
@@ -162,11 +195,13 @@ def main(args):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=("small", "sdxl"), default="small")
+    parser.add_argument("--plans", nargs="+", choices=("hard", "soft", "est"), default=["hard", "soft", "est"])
     parser.add_argument("--pairs", type=int, default=30, help="rounds: one picture of each kind in each")
     parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--turn", choices=("picture", "step"), default="picture", help="what comes interleaved: whole pictures, or their steps (needs greenlet)")
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--tolerance", type=float, default=0.)
+    parser.add_argument("--tolerance", type=float, default=0., help="of the plans hard and soft (0: every change is carried out)")
     parser.add_argument("--backup", choices=("device", "cpu"), default="device")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     main(parser.parse_args())

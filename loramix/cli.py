@@ -88,10 +88,11 @@ def run_inspect(args):
 # %% ../nbs/13_cli.ipynb #035d2b36
 def run_plan(args):
     "loramix plan"
-    from loramix.mixing import explain
+    from loramix.mixing import check_options, explain
     from loramix.rules import rule_named
     from loramix.scores import score
     options, beta = rule_options(args), None
+    check_options(args.rule, options)
     if args.rule == "est": options["discrepancy"] = beta = .5 if args.discrepancy is None else args.discrepancy
     plan = rule_named(args.rule)(score(args.subject, args.style), args.steps, strengths=args.strengths, **options)
     say(explain(plan, beta))

@@ -7,7 +7,7 @@ Docs: https://loramix.github.io/loramix/mixing.html.md"""
 # %% auto #0
 __all__ = ['log', 'RECIPE_SCHEMA', 'Picture', 'with_recipe', 'Settings', 'needs_discrepancy', 'make', 'Mix', 'step_callback',
            'check_watchable', 'default_steps', 'step_sigmas', 'explain', 'versions', 'make_recipe', 'read_recipe',
-           'mix', 'side_strengths', 'check_settings', 'load', 'find_lora']
+           'mix', 'side_strengths', 'check_settings', 'check_options', 'load', 'find_lora']
 
 # %% ../nbs/08_mixing.ipynb #edfeaf45
 import base64, html, inspect, json, logging, secrets, warnings
@@ -510,10 +510,13 @@ def check_settings(
         if value not in allowed: raise ValueError(f"{name} is one of {', '.join(map(repr, allowed))}; got {value!r}.")
     if discrepancy is not None and not (np.isfinite(float(discrepancy)) and float(discrepancy) >= 0):
         raise ValueError(f"A style discrepancy is a number of at least 0, mostly between 0 and 1; got {discrepancy!r}.")
-    _check_options(settings.rule, settings.options)
+    check_options(settings.rule, settings.options)
 
 # %% ../nbs/08_mixing.ipynb #20b3d035
-def _check_options(rule, options):
+def check_options(
+    rule, # its name, a function or a `Plan`
+    options # the settings that are meant for it
+) -> None:
     "Raise `TypeError` for a setting that the rule does not have."
     if isinstance(rule, Plan): allowed = {}
     else: allowed = inspect.signature(rule if callable(rule) else rule_named(rule)).parameters

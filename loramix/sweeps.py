@@ -12,7 +12,7 @@ __all__ = ['log', 'METHODS', 'add_method', 'Alone', 'subject_alone', 'style_alon
            'sheet', 'report']
 
 # %% ../nbs/10a_sweeps.ipynb #e7e4038a
-import ast, base64, hashlib, html, inspect, io, json, logging, os, sqlite3, textwrap, time
+import ast, base64, hashlib, html, inspect, io, json, logging, os, sqlite3, sys, textwrap, time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
@@ -139,6 +139,12 @@ def code_digest(
     return hashlib.sha256(ast.dump(tree).encode()).hexdigest()[:16]
 
 # %% ../nbs/10a_sweeps.ipynb #e88f746b
+def _home(function):
+    "The module that a function is written in; of a script that runs, the name it is imported by."
+    main = sys.modules["__main__"]
+    runs = getattr(main, "__file__", None) and getattr(function, "__globals__", None) is main.__dict__
+    return Path(main.__file__).stem if runs else function.__module__
+
 def method_facts(
     method:Method # the method
 ) -> dict: # plain JSON values
@@ -147,7 +153,7 @@ def method_facts(
     parts = [make, *([RULES[settings["rule"]]] if make is mix and settings.get("rule", "est") in RULES else []), *([_attached()[settings["method"]]] if make is attached else [])]
     try: plain = json.loads(json.dumps(settings, sort_keys=True))
     except TypeError: raise TypeError(f"The settings of {method.title!r} go into the key of its pictures and must be plain JSON values; got {settings!r}. Put anything else into a function of your own: Method(name, make=function).") from None
-    function = f"{make.__module__}.{getattr(make, '__qualname__', type(make).__qualname__)}"
+    function = f"{_home(make)}.{getattr(make, '__qualname__', type(make).__qualname__)}"
     return dict(function=function, settings=plain, code=[code_digest(part) for part in parts])
 
 # %% ../nbs/10a_sweeps.ipynb #25cea510

@@ -61,10 +61,10 @@ class Demo:
 
     def truth(self,
         subject:str, # name of a subject
-        style:str # name of a style
+        style:str # name of a style, or "flat": the subject as it is
     ) -> Image.Image:
         "The true picture of a pair, 64 × 64 on white."
-        known(subject, self.subjects, "subject"), known(style, self.styles, "style")
+        known(subject, self.subjects, "subject"), known(style, [*self.styles, "flat"], "style")
         return Image.open(self.folder/"truth"/f"{subject}__{style}.png").convert("RGB")
 
     def __repr__(self): return f"Demo({len(self.subjects)} subjects × {len(self.styles)} styles: {', '.join(self.subjects)}; {', '.join(self.styles)})"

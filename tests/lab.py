@@ -1,11 +1,12 @@
-"""A JupyterLab of its own and a Chromium that looks at it, for the browser test and the benchmark.
+"""A JupyterLab (or a Notebook 7) of its own and a Chromium that looks at it, for the browser test and the benchmark.
 
-    with lab(folder) as url, page(url) as tab: open_notebook(tab, url, "x.ipynb")
+    with lab(folder) as url, page() as tab: open_and_run(tab, url, "x.ipynb")
 
-JupyterLab listens on 127.0.0.1 only, on a free port and without a token, and keeps all its settings in the folder."""
+The server listens on 127.0.0.1 only, on a free port and without a token, and keeps all its settings in the folder."""
 import contextlib, json, os, shutil, socket, subprocess, sys, time, urllib.request
 from pathlib import Path
 
+APPS = dict(lab=("jupyterlab", "LabApp", "lab/tree/{}?reset"), notebook=("notebook", "JupyterNotebookApp", "notebooks/{}"))       # module, its settings, where a notebook is
 CHROMIUM = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None)
 
 
@@ -18,8 +19,8 @@ def missing() -> str | None:
 
 
 @contextlib.contextmanager
-def lab(folder, theme="JupyterLab Light"):
-    "JupyterLab over a folder; yields its address."
+def lab(folder, theme="JupyterLab Light", app="lab"):
+    "JupyterLab over a folder, or Notebook 7; yields its address."
     folder = Path(folder)
     settings = folder/".own"/"jupyterlab_settings_dir"/"@jupyterlab"/"apputils-extension"
     settings.mkdir(parents=True, exist_ok=True)
@@ -29,8 +30,9 @@ def lab(folder, theme="JupyterLab Light"):
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     own = {name: str(folder/".own"/name.lower()) for name in ("JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR", "JUPYTERLAB_SETTINGS_DIR", "JUPYTERLAB_WORKSPACES_DIR", "IPYTHONDIR")}
-    command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", f"--port={port}", "--ServerApp.ip=127.0.0.1", "--IdentityProvider.token=", "--ServerApp.port_retries=0",
-               f"--ServerApp.root_dir={folder}", "--LabApp.expose_app_in_browser=True"]
+    module, own_settings, _ = APPS[app]
+    command = [sys.executable, "-m", module, "--no-browser", "--allow-root", f"--port={port}", "--ServerApp.ip=127.0.0.1", "--IdentityProvider.token=", "--ServerApp.port_retries=0",
+               f"--ServerApp.root_dir={folder}", f"--{own_settings}.expose_app_in_browser=True"]
     paths = os.pathsep.join([str(Path(__file__).parent.parent), str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
     with open(folder/"lab.log", "w") as log: server = subprocess.Popen(command, cwd=folder, env={**os.environ, **own, "PYTHONPATH": paths}, stdout=log, stderr=log)
     url = f"http://127.0.0.1:{port}"
@@ -49,7 +51,7 @@ def _await(ready, server, folder, seconds=60):
         try:
             if ready(): return
         except OSError:
-            if server.poll() is not None or time.monotonic() > end: raise RuntimeError("JupyterLab did not start:\n" + (folder/"lab.log").read_text()[-2000:])
+            if server.poll() is not None or time.monotonic() > end: raise RuntimeError("Jupyter did not start:\n" + (folder/"lab.log").read_text()[-2000:])
             time.sleep(.1)
 
 
@@ -84,6 +86,7 @@ def write_notebook(path, *cells) -> None:
     nbformat.write(notebook, path)
 
 
+OPEN = "() => window.jupyterapp?.shell.currentWidget?.sessionContext"
 READY = """async () => {
     const session = window.jupyterapp.shell.currentWidget.sessionContext;
     await session.ready;
@@ -91,10 +94,10 @@ READY = """async () => {
 }"""
 
 
-def open_and_run(tab, url, name, seconds=120) -> None:
+def open_and_run(tab, url, name, seconds=120, app="lab") -> None:
     "Open a notebook, choose Run All Cells in the menu once the kernel is there, and wait until the last cell has been run."
-    tab.goto(f"{url}/lab/tree/{name}?reset")
-    tab.wait_for_selector('.jp-Notebook-ExecutionIndicator[data-status="idle"]')
+    tab.goto(f"{url}/{APPS[app][2].format(name)}")
+    tab.wait_for_function(OPEN)
     tab.evaluate(READY)
     tab.locator(".lm-MenuBar-itemLabel", has_text="Run").first.click()
     tab.locator(".lm-Menu-itemLabel", has_text="Run All Cells").first.click()

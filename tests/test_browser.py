@@ -1,8 +1,9 @@
-"""The explorer in JupyterLab and Chromium: every slider by keyboard and by mouse, Generate, no error, no memory that grows, the time of a move. And the vote page for people without Jupyter.
+"""The explorer in JupyterLab and in Notebook 7, in Chromium: every slider by keyboard and by mouse, Generate, no error, no memory that grows, the time of a move. And the vote page for people without Jupyter.
 
 The times are printed (`pytest -rP tests/test_browser.py`) and not asserted tightly, since they depend on the machine; `benchmarks/widget_speed.py` prints them too."""
 import json
 import statistics
+from importlib.util import find_spec
 
 import pytest
 
@@ -36,15 +37,16 @@ def browser():
     with lab.chromium() as browser: yield browser
 
 
-@pytest.fixture(scope="module")
-def tab(browser, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("lab")
+@pytest.fixture(scope="module", params=list(lab.APPS))
+def tab(request, browser, tmp_path_factory):
+    app, folder = request.param, tmp_path_factory.mktemp(request.param)
+    if find_spec(lab.APPS[app][0]) is None: pytest.skip(f"needs pip install {app}")
     lab.write_notebook(folder/"explorer.ipynb", SETUP, LARGE)
-    with lab.lab(folder) as url:
+    with lab.lab(folder, app=app) as url:
         tab = lab.new_page(browser)
         tab.problems = []
         tab.on("pageerror", lambda error: tab.problems.append(str(error)))
-        lab.open_and_run(tab, url, "explorer.ipynb")
+        lab.open_and_run(tab, url, "explorer.ipynb", app=app)
         tab.wait_for_selector(".large .loramix-page", timeout=60_000)
         yield tab
 

@@ -300,3 +300,10 @@ def test_bench_command(tmp_path):
     assert result.returncode == 0, result.stderr[-2000:]
     assert {p.name for p in (tmp_path/"bench").iterdir()} >= {"bench.sqlite", "leaderboard.csv", "leaderboard.md", "pictures.csv", "report.html"}
     assert "P(both)" in result.stdout and len(pd.read_csv(tmp_path/"bench"/"pictures.csv")) == 2*2
+
+
+def test_a_script_has_the_same_keys_as_the_module_it_is(tmp_path):
+    "Run or imported, its function gives one key."
+    (tmp_path/"mine.py").write_text("from loramix.sweeps import Method, method_facts\ndef draw(pipe, subject, style): return pipe\nfacts = method_facts(Method('mine', make=draw))\nprint(facts)\n")
+    run = lambda *args: subprocess.run([sys.executable, *args], cwd=tmp_path, env=ENV, capture_output=True, text=True, check=True).stdout
+    assert run("mine.py") == run("-c", "import mine") and "'mine.draw'" in run("mine.py")
