@@ -155,7 +155,7 @@ def acting(
 ) -> Sides: # those whose strength is not 0
     "Without the LoRAs that are switched off: an average must not count them. `ValueError` where none is left."
     on = [i for i, strength in enumerate(of.strengths) if strength]
-    if not on: raise ValueError(f"LoRA Composite averages LoRAs that act; the strengths are all 0: {list(of.strengths)}.")
+    if not on: raise ValueError(f"At least one LoRA must act; the strengths are all 0: {list(of.strengths)}.")
     return Sides(*(tuple(values[i] for i in on) for values in (of.loras, of.roles, of.strengths)))
 
 # %% ../nbs/06a_samplers.ipynb #49ebdd6e
