@@ -77,16 +77,13 @@ def lora_state(unet, seed, rank, dtype):
     return state
 
 
-def plans(loras, steps):
-    "{name: plan}"
-    layers = tuple(loras[0].denoiser)
-    over = torch.randint(1, max(steps, 2), (len(layers),), generator=torch.Generator().manual_seed(0))
-    style = (torch.arange(steps)[:, None] >= over).float()
-    hard = torch.stack([1 - style, style], -1)
-    ramp = torch.linspace(0.1, 0.9, steps)[:, None] + 0.1*torch.rand(1, len(layers), generator=torch.Generator().manual_seed(1))
-    soft = torch.stack([1 - ramp, ramp], -1)
-    make = lambda choice, name: make_plan(choice, layers, [lora.name for lora in loras], ["subject", "style"], {"name": name})
-    return dict(hard=make(hard, "hard"), soft=make(soft, "soft"), est=loramix.est(loramix.score(*loras), steps, discrepancy=0.5, temperature=0.5))
+def plan_of(kind, scores, steps):
+    "The plan of a kind: hard, soft or est."
+    if kind == "est": return loramix.est(scores, steps, discrepancy=0.5, temperature=0.5)
+    layers = len(scores.layers)
+    if kind == "hard": share = (torch.arange(steps)[:, None] >= torch.randint(1, max(steps, 2), (layers,), generator=torch.Generator().manual_seed(0))).float()
+    else: share = torch.linspace(0.1, 0.9, steps)[:, None] + 0.1*torch.rand(1, layers, generator=torch.Generator().manual_seed(1))
+    return make_plan(torch.stack([1 - share, share], -1), scores.layers, scores.loras, scores.roles, {"name": kind})
 
 
 def timed(pipe, run, steps, device):
@@ -152,19 +149,20 @@ def main(args):
     dtype = pipe.unet.dtype
     states = {name: lora_state(pipe.unet, seed, args.rank, dtype) for seed, name in enumerate(("subject", "style"))}
     loras = [dataclasses.replace(read_lora(state), name=name) for name, state in states.items()]
+    scores = loramix.score(*loras)
     merged, _, _ = build(args.model, args.device)
     merged.load_lora_weights(dict(states["subject"]), adapter_name="subject")
     merged.fuse_lora(); merged.unload_lora_weights()
     again = type(merged)(**merged.components)                       # the same weights, with a scheduler of its own
     again.scheduler = DDIMScheduler.from_config(merged.scheduler.config)
     again.set_progress_bar_config(disable=True)
-    print(f"{what}; {len(loras[0].denoiser)} layers of rank {args.rank}; {args.steps} steps; {args.pairs} rounds by {args.turn}; {args.device}, {args.threads} threads, torch {torch.__version__}", flush=True)
+    print(f"{what}; {len(scores.layers)} layers of rank {args.rank}; {args.steps} steps; {args.pairs} rounds by {args.turn}; {args.device}, {args.threads} threads, torch {torch.__version__}", flush=True)
 
     results, notes = {}, []
     for kind in args.plans:
         gc.collect()
         if args.device == "cuda": torch.cuda.reset_peak_memory_stats(); base = torch.cuda.memory_allocated()
-        fusion = fuse(pipe, lambda steps: plans(loras, steps)[kind], loras, tolerance=MIX_TOLERANCE if kind == "est" else args.tolerance, backup=args.backup)
+        fusion = fuse(pipe, lambda steps: plan_of(kind, scores, steps), loras, tolerance=MIX_TOLERANCE if kind == "est" else args.tolerance, backup=args.backup)
         arms = {"merged": merged, "again": again, "mix": pipe} if kind == args.plans[0] or args.model == "small" else {"merged": merged, "mix": pipe}    # one A/A is enough where a picture takes a minute
         times = {name: [] for name in arms}
         for name, arm in arms.items(): timed(arm, run, args.steps if args.model == "small" else 2, args.device)                          # warm up

@@ -8,26 +8,19 @@ lent attention  The same, and for the first part of the steps the queries and ke
 import argparse
 from pathlib import Path
 
+import pandas as pd
 import torch
-import torch.nn.functional as F
-from torch import nn
 
 import loramix
 from loramix import Method
 from loramix.fusion import fuse
 from loramix.merges import sides
-from loramix.samplers import Attached, acting, constant_plan, read
+from loramix.samplers import Attached, acting, constant_plan, lift, read
 from loramix.voices import Voices
 from loramix.weights import joined
 
 HERE = Path(__file__).parent
 REFERENCE = "NP-LoRA"
-
-
-def lift(module, h, up):
-    "From rank space to the layer's output."
-    if isinstance(module, nn.Linear): return F.linear(h, up)
-    return (F.conv1d if isinstance(module, nn.Conv1d) else F.conv2d)(h, up.reshape(*up.shape, *[1]*(module.weight.dim() - 2)))
 
 
 def side_factors(site, row, strengths, like):
@@ -85,10 +78,9 @@ METHODS = [
 
 
 def main(args):
-    import pandas as pd
-    tables = []
+    world, tables = loramix.demo(), []
     for split in args.splits:
-        made = loramix.sweep(METHODS, split, args.seeds, world=loramix.demo(), store=args.store, batch=4)
+        made = loramix.sweep(METHODS, split, args.seeds, world=world, store=args.store, batch=4)
         tables.append(made.leaderboard(REFERENCE).reset_index().assign(split=split))
     table = pd.concat(tables)
     if made.crew.main:

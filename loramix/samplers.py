@@ -6,9 +6,9 @@ Docs: https://loramix.github.io/loramix/samplers.html.md"""
 
 # %% auto #0
 __all__ = ['log', 'MEASURES', 'SAMPLERS', 'METHODS', 'Attached', 'constant_plan', 'apply_lora', 'each_alone', 'mean_output',
-           'Composite', 'composite', 'acting', 'moved_kl', 'moved_dot', 'layer_part', 'read', 'Dynamic', 'dynamic',
-           'shared_sites', 'rank_grams', 'ssr_lora', 'ssr', 'record_calls', 'first_tensor', 'Zipped', 'overlap',
-           'zip_mergers', 'zip_lora', 'ziplora', 'attach']
+           'Composite', 'composite', 'acting', 'moved_kl', 'moved_dot', 'layer_part', 'read', 'lift', 'Dynamic',
+           'dynamic', 'shared_sites', 'rank_grams', 'ssr_lora', 'ssr', 'record_calls', 'first_tensor', 'Zipped',
+           'overlap', 'zip_mergers', 'zip_lora', 'ziplora', 'attach']
 
 # %% ../nbs/06a_samplers.ipynb #a39254ca
 import itertools, logging, secrets
@@ -185,8 +185,7 @@ def layer_part(
     down:Tensor # [rank, in] or [rank, in, kh, kw]
 ) -> Tensor: # ΔW x, as the layer would give it
     "What an update adds to a layer's output."
-    if isinstance(module, nn.Linear): return F.linear(F.linear(x, down.flatten(1)), up.flatten(1))
-    return _conv(module)(read(module, x, down), up.reshape(*up.shape[:2], *[1]*(module.weight.dim() - 2)))
+    return lift(module, read(module, x, down), up)
 
 def read(
     module:nn.Module, # a Linear or Conv layer
@@ -196,6 +195,15 @@ def read(
     "The rank-space activations of an update."
     if isinstance(module, nn.Linear): return F.linear(x, down.flatten(1))
     return _conv(module)(x, down.reshape(len(down), *module.weight.shape[1:]), None, module.stride, module.padding, module.dilation)
+
+def lift(
+    module:nn.Module, # a Linear or Conv layer
+    h:Tensor, # A x, as `read` gives it
+    up:Tensor # [out, rank] or [out, rank, 1, 1], times the scale
+) -> Tensor: # B h, as the layer would give it
+    "From rank space to the layer's output."
+    if isinstance(module, nn.Linear): return F.linear(h, up.flatten(1))
+    return _conv(module)(h, up.reshape(*up.shape[:2], *[1]*(module.weight.dim() - 2)))
 
 def _conv(module): return F.conv1d if isinstance(module, nn.Conv1d) else F.conv2d
 

@@ -126,25 +126,25 @@ def as_method(
     return method
 
 # %% ../nbs/10a_sweeps.ipynb #210b5c4f
+def _called(function):
+    "A function's name with its module; of a script that runs, the module it is imported as."
+    main = sys.modules["__main__"]
+    runs = getattr(main, "__file__", None) and getattr(function, "__globals__", None) is main.__dict__
+    return f"{Path(main.__file__).stem if runs else function.__module__}.{getattr(function, '__qualname__', type(function).__qualname__)}"
+
 @lru_cache(maxsize=256)
 def code_digest(
     function:Callable # a Python function
 ) -> str: # hex digits
     "What tells one state of a function from another: its source without comments and docstring."
     try: tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
-    except (OSError, TypeError, SyntaxError): return f"{function.__module__}.{getattr(function, '__qualname__', type(function).__qualname__)}"
+    except (OSError, TypeError, SyntaxError): return _called(function)
     for node in ast.walk(tree):
         body = getattr(node, "body", None)
         if isinstance(body, list) and len(body) > 1 and isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant): node.body = body[1:]
     return hashlib.sha256(ast.dump(tree).encode()).hexdigest()[:16]
 
 # %% ../nbs/10a_sweeps.ipynb #e88f746b
-def _home(function):
-    "The module that a function is written in; of a script that runs, the name it is imported by."
-    main = sys.modules["__main__"]
-    runs = getattr(main, "__file__", None) and getattr(function, "__globals__", None) is main.__dict__
-    return Path(main.__file__).stem if runs else function.__module__
-
 def method_facts(
     method:Method # the method
 ) -> dict: # plain JSON values
@@ -153,8 +153,7 @@ def method_facts(
     parts = [make, *([RULES[settings["rule"]]] if make is mix and settings.get("rule", "est") in RULES else []), *([_attached()[settings["method"]]] if make is attached else [])]
     try: plain = json.loads(json.dumps(settings, sort_keys=True))
     except TypeError: raise TypeError(f"The settings of {method.title!r} go into the key of its pictures and must be plain JSON values; got {settings!r}. Put anything else into a function of your own: Method(name, make=function).") from None
-    function = f"{_home(make)}.{getattr(make, '__qualname__', type(make).__qualname__)}"
-    return dict(function=function, settings=plain, code=[code_digest(part) for part in parts])
+    return dict(function=_called(make), settings=plain, code=[code_digest(part) for part in parts])
 
 # %% ../nbs/10a_sweeps.ipynb #25cea510
 @lru_cache(maxsize=256)

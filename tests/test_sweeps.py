@@ -306,4 +306,5 @@ def test_a_script_has_the_same_keys_as_the_module_it_is(tmp_path):
     "Run or imported, its function gives one key."
     (tmp_path/"mine.py").write_text("from loramix.sweeps import Method, method_facts\ndef draw(pipe, subject, style): return pipe\nfacts = method_facts(Method('mine', make=draw))\nprint(facts)\n")
     run = lambda *args: subprocess.run([sys.executable, *args], cwd=tmp_path, env=ENV, capture_output=True, text=True, check=True).stdout
-    assert run("mine.py") == run("-c", "import mine") and "'mine.draw'" in run("mine.py")
+    said = run("mine.py")
+    assert said == run("-c", "import mine") and "'mine.draw'" in said
