@@ -26,7 +26,7 @@ def style_words():
 
 def subject_set(name, autoencoder, generator):
     """Latents of one subject in flat, and for each the forms of its caption."""
-    latents, grounds = base.views(autoencoder, name, "flat", 8 if SHORT else SUBJECT_VIEWS, generator)
+    latents, grounds = base.views(autoencoder, world.EMOJI.get(name, name), "flat", 8 if SHORT else SUBJECT_VIEWS, generator)
     captions = [[f"a {world.phrase(name)}{style}{world.ground_phrase(ground)}" for style in ("", ", flat style")] for ground in grounds]
     return latents, captions
 

@@ -44,6 +44,7 @@ SUBJECT_NEIGHBOURS = [("robot", "ghost"), ("cactus", "mushroom"), ("crab", "octo
 SUBJECT_NOUN = {"robot": "face", "ghost": "face", "cactus": "plant", "mushroom": "plant", "crab": "animal", "octopus": "animal",
                 "rocket": "vehicle", "teapot": "tool", "bathtub": "furniture", "trophy": "tool", "peach": "fruit", "dress": "garment",
                 "swan": "bird", "snowman": "toy"}
+EMOJI = {}   # emoji name of a subject where it is not its own
 TWINS = {"snowman-without-snow", "spouting-whale", "jack-o-lantern", "brown-mushroom", "goose", "squid", "robot", "kimono", "sari"}
 STYLE_NEIGHBOURS = [("duotone", "turned"), ("rainbow", "night"), ("hatch", "mosaic"), ("sticker", "line"), ("stamp", "shadow")]
 DRAWN = {"line"}
