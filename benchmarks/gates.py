@@ -122,6 +122,13 @@ def soft_est(own, other, t, alpha=1.5, beta=.5, temperature=.5):
 NP, REFERENCE = constant(1, 1, 1/3), "NP-LoRA, conditional half only"
 
 
+def both_then_est(own, other, t, until=600):
+    "Not fitted: both LoRAs in full above noise level `until`, where the truth wants them so, soft EST below; NP's projection throughout."
+    early = (t >= until)[:, None]
+    c, s, m, n = soft_est(own, other, t)
+    return torch.where(early, 1., c), torch.where(early, 1., s), m + 1/3, n
+
+
 def prompt(subject, ground="white"): return f"a {world.phrase(subject)}, {world.STYLE_PHRASE}{world.ground_phrase(ground)}"
 
 
@@ -196,10 +203,10 @@ def draw(fused, sides, cases, rule, guidance=3., steps=20):
 
 
 def table(fused, sides, gates, seeds):
-    "P(both) of the fitted gates beside NP-LoRA, held-out pairs and all others apart, by the judge; a row a picture."
+    "P(both) of these rules beside NP-LoRA, held-out pairs and all others apart, by the judge; a row a picture."
     half, metric, rows = world.halves(), evaluate.both_metric(loramix.demo()), []
     cases = [(subject, style, seed) for subject in sides[0].keys for style in sides[1].keys for seed in range(seeds)]
-    for name, rule in ((REFERENCE, NP), ("fitted gates", gates), ("half of the way to them", halfway(gates, NP))):
+    for name, rule in ((REFERENCE, NP), ("fitted gates", gates), ("half of the way to them", halfway(gates, NP)), ("both, then soft EST", both_then_est)):
         numbers = metric(draw(fused, sides, cases, rule), [evaluate.Case(subject, style, "", seed) for subject, style, seed in cases])
         rows.append(pd.DataFrame(numbers).assign(method=name, subject=[c[0] for c in cases], style=[c[1] for c in cases], seed=[c[2] for c in cases]))
     rows = pd.concat(rows)
@@ -229,7 +236,7 @@ def main(args):
         return
     half = world.halves()
     tuning = [[key for key in side.keys if half[key] == "tuning"] for side in theirs]
-    rules = {"no LoRA": constant(0, 0, 0), "subject alone": constant(1, 0, 0), "style alone": constant(0, 1, 0), "plain sum": constant(1, 1, 0), "NP-LoRA": NP, "soft EST": soft_est, "fitted gates": gates, "half of the way": halfway(gates, NP)}
+    rules = {"no LoRA": constant(0, 0, 0), "subject alone": constant(1, 0, 0), "style alone": constant(0, 1, 0), "plain sum": constant(1, 1, 0), "NP-LoRA": NP, "soft EST": soft_est, "fitted gates": gates, "half of the way": halfway(gates, NP), "both, then soft EST": both_then_est}
     for what, sides, names in (("shelf, left out of the fit", ours, left), ("tuning pairs", theirs, tuning)):
         data = truths(fused, sides, *names, 2, 12)
         found = pd.DataFrame({name: error(fused, sides, data, rule) for name, rule in rules.items()}, index=[f"t {level}" for level in LEVELS]).T
