@@ -210,7 +210,7 @@ def table(fused, sides, gates, seeds):
         numbers = metric(draw(fused, sides, cases, rule), [evaluate.Case(subject, style, "", seed) for subject, style, seed in cases])
         rows.append(pd.DataFrame(numbers).assign(method=name, subject=[c[0] for c in cases], style=[c[1] for c in cases], seed=[c[2] for c in cases]))
     rows = pd.concat(rows)
-    rows["split"] = [half[s] if half[s] == half[t] else "mixed" for s, t in zip(rows.subject, rows.style)]
+    rows["split"] = [half[s] if half[s] == half[t] else "mixed" for s, t in zip(rows.subject, rows["style"])]
     return rows
 
 
