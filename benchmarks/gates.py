@@ -1,7 +1,7 @@
 """What does the truth say that each side should do, in which layer, at which noise? A rule fitted to true pictures of other subjects and styles.
 
     python training/data.py; python training/shelf.py subjects & python training/shelf.py styles; wait     # LoRAs to learn from, once
-    python benchmarks/gates.py fit                  # fits the gates on 20 × 9 pairs of that shelf, some minutes; writes training/runs/shelf/gates.pt
+    python benchmarks/gates.py fit                  # fits the gates on 20 × 9 pairs of that shelf, some minutes; writes gates.safetensors (gates.log is of the run that made it)
     python benchmarks/gates.py errors               # the denoising error on true pictures, by noise, of this and other rules
     python benchmarks/gates.py table [--seeds 4]    # P(both) of the fitted gates beside NP-LoRA; writes gates.csv
 
@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 HERE = Path(__file__).parent
@@ -30,7 +31,7 @@ import loramix
 from loramix import evaluate
 
 RANK, KNOTS, LEVELS = 16, (0., .2, .45, .7, 1.), (950, 850, 700, 550, 400, 250, 100)
-GATES = shelf.SHELF/"gates.pt"
+GATES = HERE/"gates.safetensors"
 
 
 def two_factors(path, names):
@@ -222,13 +223,13 @@ def main(args):
     if args.what == "fit":
         taught = [[key for key in side.keys if key not in out] for side, out in zip(ours, left)]
         gates = fit(fused, ours, truths(fused, ours, *taught, 3, 11), args.steps)
-        return torch.save(gates.state_dict(), GATES)
+        return save_file({key: value.contiguous() for key, value in gates.state_dict().items()}, GATES)
     gates = Gates(len(fused.names))
-    gates.load_state_dict(torch.load(GATES, weights_only=True))
+    gates.load_state_dict(load_file(GATES))
     if args.what == "table":
         rows = table(fused, theirs, gates.eval(), args.seeds)
         rows.round(4).to_csv(HERE/"gates.csv", index=False)
-        print(rows.groupby(["split", "method"])[["right_subject", "right_style", "both", "p_both"]].mean().round(3))
+        print(rows.groupby(["split", "method"])[["right_subject", "right_style", "both", "p_both"]].mean().round(3).to_string())
         for split, part in [*rows.groupby("split"), ("all pairs", rows)]:
             by = {method: one.sort_values(["subject", "style", "seed"]) for method, one in part.groupby("method")}
             reference = by.pop(REFERENCE)
