@@ -3,7 +3,7 @@
     python training/data.py; python training/shelf.py subjects & python training/shelf.py styles; wait     # LoRAs to learn from, once
     python benchmarks/gates.py fit                  # fits the gates on 20 × 9 pairs of that shelf, some minutes; writes gates.safetensors (gates.log is of the run that made it)
     python benchmarks/gates.py errors               # the denoising error on true pictures, by noise, of this and other rules
-    python benchmarks/gates.py table [--seeds 4]    # P(both) of the fitted gates beside NP-LoRA; writes gates.csv
+    python benchmarks/gates.py table [--seeds 4]    # needs none of the above: P(both) of the fitted gates beside NP-LoRA; writes gates.csv
 
 In each layer, conditional half of guidance only:   y = W0 x + c ΔW_c (x − m P_s x) + s ΔW_s (x − n P_c x),   P the projector on what the other LoRA reads.
 c, s, m, n are piecewise linear in the noise level with five knots for each layer, c and s also follow the log energy ratio of the pair. They are the same for every pair, as
@@ -218,8 +218,9 @@ def table(fused, sides, gates, seeds):
 def main(args):
     shelf.furnish()
     fused = Fused(base.trained())
-    ours, theirs = ([Side(folder/"loras"/kind, fused.names) for kind in ("subjects", "styles")] for folder in (shelf.SHELF, loramix.demo().folder))
-    left = ours[0].keys[::6], ours[1].keys[::5]   # left out of the fit
+    ours, theirs = ([Side(folder/"loras"/kind, fused.names) for kind in ("subjects", "styles")] if needed else None
+                    for folder, needed in ((shelf.SHELF, args.what != "table"), (loramix.demo().folder, args.what != "fit")))
+    left = ours and (ours[0].keys[::6], ours[1].keys[::5])   # left out of the fit
     if args.what == "fit":
         taught = [[key for key in side.keys if key not in out] for side, out in zip(ours, left)]
         gates = fit(fused, ours, truths(fused, ours, *taught, 3, 11), args.steps)
