@@ -9,7 +9,6 @@ In each layer, conditional half of guidance only:   y = W0 x + c ΔW_c (x − m 
 c, s, m, n are piecewise linear in the noise level with five knots for each layer, c and s also follow the log energy ratio of the pair. They are the same for every pair, as
 α and γ are: nothing is trained when two LoRAs are mixed. NP-LoRA is c = s = 1, m = 1/3, n = 0. Fitted by the denoising error on true pictures; no judge, no probe encoder."""
 import argparse
-import json
 import sys
 from pathlib import Path
 
@@ -17,13 +16,13 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent/"training"))
 import base
+import loras
 import shelf
 import world
 
@@ -35,15 +34,14 @@ GATES = HERE/"gates.safetensors"
 
 
 def two_factors(path, names):
-    "A LoRA as B Aᵀ in each layer: rows of A orthonormal, both padded to RANK."
-    with safe_open(path, "pt") as file:
-        facts = json.loads(file.metadata()["lora_adapter_metadata"])
-        scale = next(v for k, v in facts.items() if k.endswith("lora_alpha"))/next(v for k, v in facts.items() if k.split(".")[-1] == "r")
-        for name in names:
-            down, up = (file.get_tensor(f"unet.{name}.lora_{which}.weight").float() for which in "AB")
-            q, r = torch.linalg.qr(down.T)
-            spare = RANK - q.shape[1]
-            yield F.pad(q.T, (0, 0, 0, spare)), F.pad(scale*up@r.T, (0, spare))
+    "A LoRA as B A in each layer: rows of A orthonormal, both padded to RANK."
+    layers = loramix.read_lora(path).layers
+    for name in names:
+        update = layers[f"unet.{name}"]
+        up, down = update.factors()
+        q, r = torch.linalg.qr(down.T)
+        spare = RANK - q.shape[1]
+        yield F.pad(q.T, (0, 0, 0, spare)), F.pad(update.scale*up@r.T, (0, spare))
 
 
 class Side:
@@ -139,7 +137,7 @@ def truths(fused, sides, subjects, styles, views, seed):
     for i, subject in enumerate(subjects):
         for j, style in enumerate(styles):
             drawn, grounds = base.views(fused.pipe.vae, world.EMOJI.get(subject, subject), style, views, torch.Generator().manual_seed(seed*100_003 + 997*i + j), white=.75,
-                                        without=("black",) if style == "line" else ())
+                                        without=loras.HARD_GROUNDS.get(style, ()))
             latents.append(drawn)
             captions += [prompt(subject, ground) for ground in grounds]
             pairs += [(sides[0].keys.index(subject), sides[1].keys.index(style))]*views

@@ -135,11 +135,16 @@ def sticker(canvas, alpha):
     return over(over(flat, alpha, colour(0, 0, 0)), widen(alpha, 7), canvas)
 
 
-def stamp(canvas, alpha):
-    """What is darker than the subject's mean becomes red ink, the rest paper; an outline in ink."""
+def dark_parts(canvas, alpha):
+    """Where the subject is darker than its own mean."""
     light = grey(canvas)
     mean = (light * alpha).sum((2, 3), keepdim=True) / alpha.sum((2, 3), keepdim=True).clamp(min=1)
-    ink = torch.maximum(((mean - light) * 40 + .9).clamp(0, 1) * alpha, (widen(alpha, 3) - alpha).clamp(0, 1))
+    return ((mean - light) * 40 + .9).clamp(0, 1)
+
+
+def stamp(canvas, alpha):
+    """What is darker than the subject's mean becomes red ink, the rest paper; an outline in ink."""
+    ink = torch.maximum(dark_parts(canvas, alpha) * alpha, (widen(alpha, 3) - alpha).clamp(0, 1))
     return over(colour(.82, .08, .12), ink, over(colour(1, 1, 1), alpha, canvas))
 
 

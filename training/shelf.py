@@ -1,4 +1,4 @@
-"""More subjects and styles than ship, to learn from: 24 subjects × 12 styles that no table judges. An hour and a half of one core, resumable.
+"""More subjects and styles than ship, to learn from: 24 subjects × 12 styles that no table judges. About an hour of one core, resumable.
 
     python training/data.py                            # the drawings, once
     python training/shelf.py subjects & python training/shelf.py styles
@@ -15,7 +15,7 @@ import data
 import loras
 import world
 from common import RUNS, sheet
-from data import FINE, colour, coordinates, grey, over, widen
+from data import FINE, colour, coordinates, dark_parts, grey, over, widen
 
 SHELF = RUNS / "shelf"
 NEW = {  # subject: (emoji name, class noun)
@@ -34,13 +34,6 @@ def ramp(light, *stops):
     for i, stop in enumerate(stops[1:]):
         out = over(colour(*stop), (light * (len(stops) - 1) - i).clamp(0, 1), out)
     return out
-
-
-def dark_parts(canvas, alpha):
-    """Where the subject is darker than its own mean."""
-    light = grey(canvas)
-    mean = (light * alpha).sum((2, 3), keepdim=True) / alpha.sum((2, 3), keepdim=True).clamp(min=1)
-    return ((mean - light) * 40 + .9).clamp(0, 1)
 
 
 def fire(canvas, alpha):
