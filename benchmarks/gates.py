@@ -184,8 +184,8 @@ def error(fused, sides, data, rule):
 
 
 @torch.no_grad()
-def draw(fused, sides, cases, rule, guidance=3., steps=20):
-    "One picture for each (subject, style, seed), 32 at a time; no LoRA acts in the unconditional half."
+def draw(fused, sides, cases, rule, guidance=3., steps=20, unconditional=None):
+    "One picture for each (subject, style, seed), 32 at a time; `unconditional` is the rule of the unconditional half, None: no LoRA acts there."
     pictures = []
     for k in range(0, len(cases), 32):
         part = cases[k:k + 32]
@@ -194,7 +194,7 @@ def draw(fused, sides, cases, rule, guidance=3., steps=20):
         x, scheduler = torch.cat([torch.randn(1, 6, 16, 16, generator=torch.Generator().manual_seed(seed)) for *_, seed in part]), base.make_scheduler()
         scheduler.set_timesteps(steps)
         for t in scheduler.timesteps:
-            bare = fused(x, t.expand(len(part)), nothing, None, sides, pairs)
+            bare = fused(x, t.expand(len(part)), nothing, unconditional, sides, pairs)
             x = scheduler.step(bare + guidance*(fused(x, t.expand(len(part)), states, rule, sides, pairs) - bare), t, x).prev_sample
         seen = fused.pipe.vae.decode(x/fused.pipe.vae.config.scaling_factor).sample.div(2).add(.5).clamp(0, 1).permute(0, 2, 3, 1).mul(255).round().byte()
         pictures += [Image.fromarray(one) for one in seen.numpy()]

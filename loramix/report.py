@@ -137,8 +137,9 @@ def rule_words(
         at = time_ramp(plan)
         what = "the energy of the two LoRAs, that is how strongly each changes the layer" if rule["name"] == "est" else "the sum of the largest changes that the two LoRAs make there"
         soft = " Where it is close, both act, the weaker one in part." if rule.get("temperature") else ""
+        first = f" Until {100*rule['together']:.0f} % of the run both act in full; only then the contest begins." if rule.get("together") else ""
         return (f"{dict(est='EST-LoRA', klora='K-LoRA')[rule['name']]} compares, in each layer and at each step, {what}. The subject's is divided by γ = {gamma}, so that a louder file has no advantage. "
-                f"The style's is multiplied by a time ramp, here {at[0]:.2f} at the first step and {at[-1]:.2f} at the last. The larger one acts.{soft}")
+                f"The style's is multiplied by a time ramp, here {at[0]:.2f} at the first step and {at[-1]:.2f} at the last. The larger one acts.{soft}{first}")
     if rule.get("name") == "topk": return f"Top-K compares, in each layer, the sum of the largest changes that the two LoRAs make there, the subject's divided by γ = {gamma}. The larger one acts, at every step alike."
     if rule.get("name") == "direct": return "Direct merge adds all LoRAs in all layers at all steps; nothing is chosen."
     if rule.get("name") == "switch": return f"LoRA Switch lets one LoRA act in all its layers, and after every {rule['every']} steps the next one."

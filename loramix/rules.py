@@ -60,6 +60,11 @@ def _check_temperature(temperature):
     if not (np.isfinite(temperature) and temperature >= 0):
         raise ValueError(f"temperature is 0 for a one-hot choice or a number above 0 for a soft one; got {temperature!r}.")
 
+# %% ../nbs/05_rules.ipynb #74567e9e
+def _check_together(together):
+    "Raise `ValueError` unless it is a progress, 0 … 1."
+    if not 0 <= together <= 1: raise ValueError(f"together is the progress until which both sides act in full, from 0 (never) to 1; got {together!r}.")
+
 # %% ../nbs/05_rules.ipynb #a58ddce6
 def _official_progress(steps, layers):
     "The authors' continuous time, [steps, layers]: p of each layer call, the last one wrapped to 0."
@@ -99,19 +104,21 @@ def est(
     pattern:str="s", # "s": αp + β; "s*": (αp + β) mod α
     balance="energy", # γ: "energy", "official", "magnitude", "none" or numbers
     temperature:float=0., # 0: one-hot as in the paper; above: soft, the loser joins in as far as it comes close
+    together:float=0., # until this progress p subject and style both act in full, and only then the contest begins
     strengths=None, # the user's factor for each LoRA; no influence on the choice
     parity:str|None=None, # "official": repeat the authors' program call by call
     progress=None, # p of each step; None: by position
     unpaired:str="keep", # layers in one file only: "keep" lets that LoRA act, "drop" none
     conditional_only:bool=False # True: no LoRA in the unconditional half of guidance
 ) -> Plan:
-    "EST-LoRA (arXiv 2508.02165): in each layer the subject acts iff `E_c/γ > E_s·S(p)`, `S(p) = αp + β`. One-hot, or soft at a temperature above 0."
+    "EST-LoRA (arXiv 2508.02165): in each layer the subject acts iff `E_c/γ > E_s·S(p)`, `S(p) = αp + β`. One-hot, or soft at a temperature above 0. Where `p < together`, both act."
     _check_temperature(temperature)
+    _check_together(together)
     seen, p, progress = _timed(scores, steps, parity, progress)
     gamma = balance_of(seen, "official" if parity else balance)
     c, subject, s, style = _sides(seen.energy, seen, gamma)
-    share = _contest(c, s*ramp(p, alpha, discrepancy, pattern), temperature)
-    rule = dict(name="est", discrepancy=float(discrepancy), alpha=float(alpha), pattern=pattern, temperature=float(temperature), gamma=gamma.tolist(), parity=parity)
+    share = np.where(p < together, 1., _contest(c, s*ramp(p, alpha, discrepancy, pattern), temperature))
+    rule = dict(name="est", discrepancy=float(discrepancy), alpha=float(alpha), pattern=pattern, temperature=float(temperature), gamma=gamma.tolist(), parity=parity, **({"together": float(together)} if together else {}))
     return _plan(share, subject, style, scores, rule, strengths, progress, unpaired, conditional_only)
 
 # %% ../nbs/05_rules.ipynb #8b537d7e

@@ -1,10 +1,12 @@
-"""More subjects and styles than ship, to learn from: 24 subjects × 12 styles that no table judges. About an hour of one core, resumable.
+"""More subjects and styles than ship: 24 subjects × 12 styles, and a larger world of them to judge rules by. About an hour of one core, resumable.
 
     python training/data.py                            # the drawings, once
     python training/shelf.py subjects & python training/shelf.py styles
     python training/shelf.py sheet                     # what the styles should look like: training/runs/shelf/true.png
+    python training/shelf.py judge                     # a judge that knows the shelf's subjects and styles besides those that ship, ten minutes
+    python training/shelf.py world                     # the index of the larger world, read by benchmarks/larger.py
 
-LoRAs go to training/runs/shelf/loras, made as those that ship (loras.py). None of the names is known to the base, the judge or the probe encoder."""
+LoRAs go to training/runs/shelf/loras, made as those that ship (loras.py). None of the names is known to the base, the shipped judge or the probe encoder."""
 import argparse
 import math
 
@@ -14,7 +16,7 @@ import common
 import data
 import loras
 import world
-from common import RUNS, sheet
+from common import OUT, RUNS, sheet, write_json
 from data import FINE, colour, coordinates, dark_parts, grey, over, widen
 
 SHELF = RUNS / "shelf"
@@ -120,14 +122,43 @@ def furnish():
     world.UNEVEN.update(dict.fromkeys(("dots", "tinted", "stripes", "anaglyph"), dict(rank=16, alpha=16, longer=2)), fire=dict(rank=4, alpha=4))
 
 
+def judge():
+    """A judge trained as the shipped one, on the subjects and styles of shelf and package together."""
+    import encoders
+    encoders.EMOJI.update({name: world.EMOJI[name] for name in NEW})
+    encoders.SUBJECT_WORDS[:], encoders.STYLE_WORDS[:] = sorted(encoders.EMOJI), sorted([*encoders.STYLE_WORDS, *STYLES])
+    encoders.KINDS["judge"].update(seed=29)
+    encoders.VIEWS, encoders.STEPS = 6, 2600   # twice as many classes of subject × style
+    common.RUNS = encoders.RUNS = encoders.OUT = SHELF
+    (SHELF / "judge").mkdir(parents=True, exist_ok=True)
+    encoders.learn("judge")
+
+
+def larger_world():
+    """world.json of shelf and package: every pair of a shelf subject with a shelf style is one of the split `shelf`."""
+    import export
+    index, sides = export.index(), {}
+    for kind, names, steps in (("subjects", NEW, loras.SUBJECT_STEPS), ("styles", STYLES, loras.STYLE_STEPS)):
+        facts = {name: dict(file=str(SHELF / f"loras/{kind}/{name}.safetensors"), word=name, phrase=world.phrase(name) if kind == "subjects" else world.STYLE_PHRASE,
+                            half="shelf", **world.settings(name, steps)) for name in names}
+        sides[kind] = {name: known | dict(file=str(OUT / known["file"])) for name, known in index[kind].items()} | facts
+    for kind, names in (("subject", NEW), ("style", STYLES)):
+        prompts = index["judge_prompts"][kind]
+        prompts["words"] = sorted([*prompts["words"], *names])
+    pairs = [dict(subject=subject, style=style, split="shelf", aligned=True) for subject in NEW for style in STYLES]
+    write_json(SHELF / "world.json", index | sides | dict(pairs=index["pairs"] + pairs))
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("kind", choices=["subjects", "styles", "sheet"])
+    parser.add_argument("kind", choices=["subjects", "styles", "sheet", "judge", "world"])
     parser.add_argument("names", nargs="*", help="only these (default: all)")
     arguments = parser.parse_args()
     furnish()
     if arguments.kind == "sheet":
         return sheet(SHELF / "true.png", [[data.truth(world.EMOJI[name], style) for name in NEW] for style in STYLES])
+    if arguments.kind in ("judge", "world"):
+        return judge() if arguments.kind == "judge" else larger_world()
     for name in arguments.names or (NEW if arguments.kind == "subjects" else STYLES):
         if not (SHELF / "loras" / arguments.kind / f"{name}.safetensors").exists():
             loras.learn(arguments.kind, name, loras.PEAK)
