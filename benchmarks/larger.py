@@ -8,6 +8,7 @@
 Seven held-out subjects × five held-out styles (leaderboard.py) leave an interval of ± .15; 24 × 12 leave ± .10. The rules are those of gates.py, drawn as there."""
 import argparse
 import json
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
@@ -29,12 +30,13 @@ RULES = {  # name: (rule, the same in the unconditional half)
     "NP-LoRA, conditional half only": (gates.NP, False),
     "subject LoRA alone": (gates.constant(1, 0, 0), True),
     "style LoRA alone": (gates.constant(0, 1, 0), True),
+    "EST-LoRA": (partial(gates.soft_est, temperature=1e-6), True),   # one-hot
 }
 COLUMNS = ["right_subject", "right_style", "both", "p_both"]
 
 
 @torch.no_grad()
-def draw(part, of, seeds):
+def draw(part, of, seeds, only):
     "A line for each picture of this process's share of the pairs; one file for each rule."
     shelf.furnish()
     fused = gates.Fused(trained())
@@ -42,6 +44,7 @@ def draw(part, of, seeds):
     cases = [(subject, style, seed) for seed in range(seeds) for subject in shelf.NEW for style in shelf.STYLES][part::of]
     metric = evaluate.both_metric(Demo(fused.pipe, json.loads((shelf.SHELF/"world.json").read_text()), shelf.SHELF))
     for name, (rule, both) in RULES.items():
+        if only and name not in only: continue
         numbers = metric(gates.draw(fused, sides, cases, rule, unconditional=rule if both else None), [evaluate.Case(subject, style, "", seed) for subject, style, seed in cases])
         found = pd.DataFrame(numbers).assign(method=name, subject=[c[0] for c in cases], style=[c[1] for c in cases], seed=[c[2] for c in cases])
         found.to_csv(shelf.SHELF/f"larger-{list(RULES).index(name)}-{part}.csv", index=False)
@@ -65,5 +68,6 @@ if __name__ == "__main__":
     parser.add_argument("--part", type=int, default=0)
     parser.add_argument("--of", type=int, default=1)
     parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--only", nargs="+", default=[], metavar="RULE", help="names of RULES; default: all")
     args = parser.parse_args()
-    table() if args.what == "table" else draw(args.part, args.of, args.seeds)
+    table() if args.what == "table" else draw(args.part, args.of, args.seeds, args.only)
