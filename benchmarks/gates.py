@@ -201,13 +201,18 @@ def draw(fused, sides, cases, rule, guidance=3., steps=20, unconditional=None):
     return pictures
 
 
+def measured(fused, sides, cases, name, rule, metric, unconditional=None):
+    "A line for each picture that a rule draws of these cases."
+    numbers = metric(draw(fused, sides, cases, rule, unconditional=unconditional), [evaluate.Case(subject, style, "", seed) for subject, style, seed in cases])
+    return pd.DataFrame(numbers).assign(method=name, **dict(zip(("subject", "style", "seed"), map(list, zip(*cases)))))
+
+
 def table(fused, sides, gates, seeds):
     "P(both) of these rules beside NP-LoRA, held-out pairs and all others apart, by the judge; a row a picture."
     half, metric, rows = world.halves(), evaluate.both_metric(loramix.demo()), []
     cases = [(subject, style, seed) for subject in sides[0].keys for style in sides[1].keys for seed in range(seeds)]
     for name, rule in ((REFERENCE, NP), ("fitted gates", gates), ("half of the way to them", halfway(gates, NP)), ("both, then soft EST", both_then_est)):
-        numbers = metric(draw(fused, sides, cases, rule), [evaluate.Case(subject, style, "", seed) for subject, style, seed in cases])
-        rows.append(pd.DataFrame(numbers).assign(method=name, subject=[c[0] for c in cases], style=[c[1] for c in cases], seed=[c[2] for c in cases]))
+        rows.append(measured(fused, sides, cases, name, rule, metric))
     rows = pd.concat(rows)
     rows["split"] = [half[s] if half[s] == half[t] else "mixed" for s, t in zip(rows.subject, rows["style"])]
     return rows

@@ -15,7 +15,6 @@ import pandas as pd
 import torch
 
 import gates
-import loramix
 import shelf
 from base import trained
 from loramix import evaluate
@@ -45,8 +44,7 @@ def draw(part, of, seeds, only):
     metric = evaluate.both_metric(Demo(fused.pipe, json.loads((shelf.SHELF/"world.json").read_text()), shelf.SHELF))
     for name, (rule, both) in RULES.items():
         if only and name not in only: continue
-        numbers = metric(gates.draw(fused, sides, cases, rule, unconditional=rule if both else None), [evaluate.Case(subject, style, "", seed) for subject, style, seed in cases])
-        found = pd.DataFrame(numbers).assign(method=name, subject=[c[0] for c in cases], style=[c[1] for c in cases], seed=[c[2] for c in cases])
+        found = gates.measured(fused, sides, cases, name, rule, metric, rule if both else None)
         found.to_csv(shelf.SHELF/f"larger-{list(RULES).index(name)}-{part}.csv", index=False)
         print(name, found[COLUMNS].mean().round(3).to_dict(), flush=True)
 
