@@ -1,12 +1,18 @@
-"""Every method on one table: held-out and tuning pairs of the small world apart, eight seeds, P(both) by the judge.
+"""Every method on one table: held-out and tuning pairs of the small world apart, eight seeds, and 288 pairs of a larger world; P(both) by the judge.
 
     python benchmarks/leaderboard.py                    # stop it and call it again at will; accelerate launch --multi_gpu --num_processes N … shares the work
     python benchmarks/leaderboard.py --cost             # time and memory only, on an idle machine; the table takes them up the next time
     python benchmarks/leaderboard.py --grid             # the grid search that gave GRID_FOUND: tuning pairs, the probe encoder
+    python benchmarks/leaderboard.py --larger           # 24 subjects × 12 styles that do not ship and that no setting was chosen on, one seed, by a judge of their own
+
+The larger world is made by `python training/data.py; python training/shelf.py subjects & python training/shelf.py styles; wait; python training/shelf.py judge; python
+training/shelf.py world`, an hour of two cores. Seven held-out subjects × five held-out styles leave an interval of ± .15; 24 × 12 leave ± .10.
 
 Writes leaderboard.csv (a line for each split and method), leaderboard.md, leaderboard.png (held-out pairs, seed 0), leaderboard_pictures.csv.gz (a line a picture)
-and leaderboard_cost.csv. Pictures are kept in leaderboard.sqlite (not in the repository). A new method is a line in METHODS."""
+and leaderboard_cost.csv; of the larger world larger.csv and so on. Pictures are kept in leaderboard.sqlite, larger.sqlite (not in the repository). A new method is a line in METHODS."""
 import argparse
+import json
+import sys
 from pathlib import Path
 
 import pandas as pd
@@ -14,20 +20,26 @@ import pandas as pd
 import loramix
 from loramix import Method
 from loramix.drawing import figure_png
-from loramix.sweeps import attached, ceiling_line, cost, markdown, sheet
+from loramix.sweeps import attached, ceiling_line, cost, leaderboard, markdown, sheet
 
 HERE = Path(__file__).parent
 REFERENCE = "NP-LoRA"                                                             # the best published static merge; every other is compared with it
-SPLITS = {"held-out": "Held-out pairs: subjects and styles that no setting was chosen on", "tuning": "Tuning pairs", "mixed": "Mixed pairs"}
+SPLITS = {"held-out": "Held-out pairs: subjects and styles that no setting was chosen on", "tuning": "Tuning pairs", "mixed": "Mixed pairs", "shelf": "The larger world: subjects and styles that no setting was chosen on"}
 COST_PAIR = ("rocket", "stamp")
 GRID = dict(strengths=([.5, .75, 1., 1.25], [.5, .75, 1., 1.25]))                 # factors of subject and style
 GRID_FOUND = [1., 1.25]
+TOGETHER = dict(rule="est", discrepancy=.5, temperature=.5, balance="magnitude", together=.4, conditional_only=True)
 
 
 def calibrated(pipe, subject, style, *, method, prompt, run, **settings):
     "A sampler that calibrates each LoRA on a prompt of its own: the pair's without the style, and a known subject in the style."
     what, how = prompt.split(", ")
     return attached(pipe, subject, style, method=method, prompt=prompt, run=run, prompts=[what, f"a penguin, {how}"], **settings)
+
+
+def projected(pipe, subject, style, **settings):
+    "A mix whose subject is held back from the style's inputs, as in NP-LoRA."
+    return loramix.mix(pipe, loramix.merges.project(subject, style), style, **settings)
 
 
 def named(label, name, **settings): return Method(name, settings, label=label)
@@ -67,41 +79,63 @@ METHODS = [
     named("soft EST, conditional half only", "est soft", conditional_only=True),
     named("NP-LoRA, conditional half only", "np", conditional_only=True),
     Method("trio", dict(), label="trio (three voices)", make=loramix.trio),
+    # both in full first, then the contest
+    named("both, then soft EST, conditional half only", "est soft", together=.4, conditional_only=True),
+    Method("both, then soft EST, projected, conditional half only", TOGETHER, make=projected, label="both, then soft EST, projected, conditional half only"),
 ]
-SHOWN = ["subject LoRA alone", "style LoRA alone", "plain sum", "NP-LoRA", "ZipLoRA", "K-LoRA", "EST-LoRA", "soft EST", "soft EST, conditional half only", "NP-LoRA, conditional half only", "trio (three voices)"]
+SHOWN = ["subject LoRA alone", "style LoRA alone", "plain sum", "NP-LoRA", "ZipLoRA", "K-LoRA", "EST-LoRA", "soft EST", "soft EST, conditional half only", "NP-LoRA, conditional half only", "trio (three voices)", "both, then soft EST, projected, conditional half only"]
 
 
 def main(args):
-    world, methods = loramix.demo(), [m for m in METHODS if not args.only or m.title in args.only]
+    world, methods = larger() if args.larger else loramix.demo(), [m for m in METHODS if not args.only or m.title in args.only]
+    name = "larger" if args.larger else "leaderboard"
+    store = args.store or HERE/f"{name}.sqlite"
     if args.cost:
         table = cost(methods, *COST_PAIR, world=world, rounds=args.rounds)
         table.to_csv(args.out/"leaderboard_cost.csv")
         return print(table.round(3).to_string())
-    if args.grid: return print(loramix.tune("direct", GRID, sampler="grid", world=world, store=args.store, batch=args.batch))
-    made = {split: loramix.sweep(methods, split, args.seeds, world=world, store=args.store, batch=args.batch) for split in args.splits}
-    if next(iter(made.values())).crew.main: write(made, args.out)
+    if args.grid: return print(loramix.tune("direct", GRID, sampler="grid", world=world, store=store, batch=args.batch))
+    splits, seeds = (["shelf"], args.seeds or 1) if args.larger else (args.splits, args.seeds or 8)
+    batch = min(args.batch, seeds)                                                # a call draws whole batches
+    made = {split: loramix.sweep(methods, split, seeds, world=world, store=store, batch=batch) for split in splits}
+    if next(iter(made.values())).crew.main: write(made, args.out, name, args.keep)
 
 
-def write(made, out):
+def larger():
+    "The larger world, its own judge beside it."
+    sys.path.append(str(HERE.parent/"training"))
+    from shelf import SHELF
+    return loramix.testbed.Demo(loramix.demo().pipe, json.loads((SHELF/"world.json").read_text(encoding="utf-8")), SHELF)
+
+
+def write(made, out, name, keep):
     "The table of each split, the pictures' lines and the contact sheet."
     text, lines, pictures = [], [], []
     for split, one in made.items():
-        table = one.leaderboard(REFERENCE if REFERENCE in [m.title for m in one.methods] else None)
-        pictures.append(one.frame)
-        text.append(f"## {SPLITS[split]}\n\n{_words(one)}\n\n{markdown(_with_cost(table.drop(columns='seconds'), out))}")
+        frame = pd.concat([one.frame, earlier(one, out/f"{name}_pictures.csv.gz")]) if keep else one.frame
+        table = leaderboard(frame, REFERENCE if REFERENCE in set(frame.method) else None)
+        pictures.append(frame)
+        text.append(f"## {SPLITS[split]}\n\n{_words(frame)}\n\n{markdown(_with_cost(table.drop(columns='seconds'), out))}")
         lines.append(_with_cost(table, out).reset_index().assign(split=split))
-        if split == "held-out": (out/"leaderboard.png").write_bytes(figure_png(sheet(one, methods=[t for t in SHOWN if t in table.index])))
-    pd.concat(lines).to_csv(out/"leaderboard.csv", index=False)
-    pd.concat(pictures).to_csv(out/"leaderboard_pictures.csv.gz", index=False)
-    (out/"leaderboard.md").write_text("# Leaderboard\n\nWritten by `benchmarks/leaderboard.py`.\n\n" + "\n".join(text), encoding="utf-8")
+        if split in ("held-out", "shelf") and not keep: (out/f"{name}.png").write_bytes(figure_png(sheet(one, methods=[t for t in SHOWN if t in table.index])))
+    pd.concat(lines).to_csv(out/f"{name}.csv", index=False)
+    pd.concat(pictures).to_csv(out/f"{name}_pictures.csv.gz", index=False)
+    (out/f"{name}.md").write_text("# Leaderboard\n\nWritten by `benchmarks/leaderboard.py`.\n\n" + "\n".join(text), encoding="utf-8")
     print("\n".join(text))
 
 
-def _words(one):
+def earlier(one, path):
+    "The lines of an earlier table, same pairs and seeds, of methods that were not drawn now."
+    known = pd.read_csv(path)
+    pairs = pd.MultiIndex.from_frame(known[["subject", "style"]]).isin(one.pairs)
+    return known[pairs & known.seed.isin(one.seeds) & known.method.isin([m.title for m in METHODS]) & ~known.method.isin([m.title for m in one.methods])]
+
+
+def _words(frame):
     "What the table is made of, and the ceiling."
-    titles = {m.title for m in one.methods}
-    top = f" The ceiling, P(right subject) of the subject LoRA alone times P(right style) of the style LoRA alone, is {ceiling_line(one.frame, *SHOWN[:2])}." if set(SHOWN[:2]) <= titles else ""
-    return (f"{len(one.pairs)} pairs × {len(one.seeds)} seeds = {len(one.pairs)*len(one.seeds)} pictures a method, the same pairs and seeds for all; 20 steps, guidance 3. Brackets are 95 % intervals over other subjects *and* other styles. "
+    n, pairs, seeds = frame.groupby("method").size().max(), len(frame[["subject", "style"]].drop_duplicates()), frame.seed.nunique()
+    top = f" The ceiling, P(right subject) of the subject LoRA alone times P(right style) of the style LoRA alone, is {ceiling_line(frame, *SHOWN[:2])}." if set(SHOWN[:2]) <= set(frame.method) else ""
+    return (f"{pairs} pairs × {seeds} seed{'s'*(seeds > 1)} = {n} pictures a method, the same pairs and seeds for all; 20 steps, guidance 3. Brackets are 95 % intervals over other subjects *and* other styles. "
             f"The difference is that of P(both) to {REFERENCE}, paired; the verdict goes by its interval.{top}")
 
 
@@ -114,13 +148,15 @@ def _with_cost(table, out):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--splits", nargs="+", default=["held-out", "tuning"], choices=list(SPLITS))
+    parser.add_argument("--larger", action="store_true", help="the larger world instead of the small one")
+    parser.add_argument("--splits", nargs="+", default=["held-out", "tuning"], choices=list(SPLITS)[:3])
     parser.add_argument("--only", nargs="+", default=[], metavar="METHOD", help="labels of METHODS; default: all")
-    parser.add_argument("--seeds", type=int, default=8)
+    parser.add_argument("--keep", action="store_true", help="with --only: the other methods' lines stay in the table as they are (no contact sheet)")
+    parser.add_argument("--seeds", type=int, help="8, or 1 of the larger world")
     parser.add_argument("--batch", type=int, default=4, help="seeds drawn in one call")
     parser.add_argument("--cost", action="store_true", help="measure time and memory instead")
     parser.add_argument("--grid", action="store_true", help="search the weights of the sum instead")
     parser.add_argument("--rounds", type=int, default=7, help="rounds of --cost")
-    parser.add_argument("--store", type=Path, default=HERE/"leaderboard.sqlite")
+    parser.add_argument("--store", type=Path, help="where the pictures are kept")
     parser.add_argument("--out", type=Path, default=HERE)
     main(parser.parse_args())

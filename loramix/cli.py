@@ -15,21 +15,21 @@ import argparse, sys
 from pathlib import Path
 
 # %% ../nbs/13_cli.ipynb #fa1fa3b6
-RULE_NAMES = ("est", "klora", "topk", "direct", "switch", "windows", "acfg", "blora")        # those of `loramix.rules`, which is too slow to import for --help
+RULE_NAMES = ("est", "soft", "klora", "topk", "direct", "switch", "windows", "acfg", "blora")        # those of `loramix.rules`, which is too slow to import for --help
 
 def add_rule_arguments(
     parser # an argparse parser; changed in place
 ) -> None:
     "The settings of a rule."
     add = parser.add_argument_group("how to choose").add_argument
-    add("--rule", default="est", choices=RULE_NAMES, help="EST-LoRA, K-LoRA, Top-K without time, plain sum, LoRA Switch, a window of time for each LoRA, the same without LoRAs in the unconditional half of guidance, blocks of their own for each (est)")
+    add("--rule", default="est", choices=RULE_NAMES, help="EST-LoRA, the same as a soft choice in the conditional half of guidance, K-LoRA, Top-K without time, plain sum, LoRA Switch, a window of time for each LoRA, the same without LoRAs in the unconditional half of guidance, blocks of their own for each (est)")
     add("--discrepancy", type=float, help="style discrepancy β; default: measured where a base model is at hand, else 0.5")
     add("--alpha", type=float, help="slope of the time ramp (1.5)")
     add("--beta", type=float, help="offset of K-LoRA's time ramp (0.5; 1.275 for s*)")
     add("--pattern", choices=["s", "s*"], help="time pattern (s)")
-    add("--balance", choices=["energy", "official", "magnitude", "none"], help="how the two files are balanced (energy for est, official for klora and topk)")
-    add("--temperature", type=float, help="of est: 0 is one LoRA or the other in each layer, above is a soft choice (0)")
-    add("--together", type=float, help="of est: progress, 0 to 1, until which both LoRAs act in full before the choice begins (0)")
+    add("--balance", choices=["energy", "official", "magnitude", "none"], help="how the two files are balanced (energy for est and soft, official for klora and topk)")
+    add("--temperature", type=float, help="of est and soft: 0 is one LoRA or the other in each layer, above is a soft choice (0; 0.5 for soft)")
+    add("--together", type=float, help="of est and soft: progress, 0 to 1, until which both LoRAs act in full before the choice begins (0)")
     add("--every", type=int, help="steps of a turn of the rule switch (5)")
     add("--strengths", type=float, nargs=2, metavar=("SUBJECT", "STYLE"), help="factors on the two LoRAs (1 1)")
 
@@ -94,7 +94,7 @@ def run_plan(args):
     from loramix.scores import score
     options, beta = rule_options(args), None
     check_options(args.rule, options)
-    if args.rule == "est": options["discrepancy"] = beta = .5 if args.discrepancy is None else args.discrepancy
+    if args.rule in ("est", "soft"): options["discrepancy"] = beta = .5 if args.discrepancy is None else args.discrepancy
     plan = rule_named(args.rule)(score(args.subject, args.style), args.steps, strengths=args.strengths, **options)
     say(explain(plan, beta))
     if beta is not None and args.discrepancy is None: say("The style discrepancy was taken as 0.5, since it is measured on pictures and there is no base model here; --discrepancy gives another.")

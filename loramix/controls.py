@@ -23,7 +23,7 @@ from .drawing import FAINT, as_picture, fit_picture, layer_place, shorten
 from .mixing import Mix, needs_discrepancy
 from .plan import Plan
 from .scores import Scores
-from .stage import BARE, KNOBS, RULE_NAMES, Stage, State, layer_label, settings_of
+from .stage import BARE, KNOBS, RULE_NAMES, SOFT, Stage, State, layer_label, settings_of
 
 # %% ../nbs/11a_controls.ipynb #c4186137
 def small(text:str) -> str: # HTML
@@ -112,6 +112,7 @@ TIPS = dict(
     balance="γ evens out the two files: by their energies, by the authors' programs, by magnitudes, not at all, or by hand.",
     gamma="γ, by which the subject's numbers are divided; higher gives the style more layers. Moving it sets the balance by hand.",
     temperature="0: one LoRA in each layer (hard). Higher: the loser joins in as far as it comes close (soft).",
+    together="Share of the run in which both LoRAs act in full, before the contest of the layers begins.",
     every="How many steps a turn of LoRA Switch lasts.",
     steps="Number of denoising steps.", strength="Factor of this LoRA; it changes the picture, not the choice.")
 
@@ -133,6 +134,7 @@ def make_knobs(
         alpha=Knob("slope α", FloatSlider(1.5, min=.05, max=4, step=.05), TIPS["alpha"]),
         gamma=Knob("γ", FloatLogSlider(1., base=10, min=-2, max=2, step=.01), TIPS["gamma"]),
         temperature=Knob("temperature", FloatSlider(0., min=0, max=2, step=.02), TIPS["temperature"], [(0, "hard"), (2, "soft")]),
+        together=Knob("both in full until", FloatSlider(0., min=0, max=1, step=.05), TIPS["together"], [(0, "never"), (1, "throughout")]),
         every=Knob("turn, in steps", IntSlider(5, min=1, max=25), TIPS["every"]),
         **{f"strength{i}": strength(name) for i, name in enumerate(loras)})
 
@@ -163,7 +165,7 @@ def _put_state(controls, state):
     controls.rule.value = state.rule
     _put_balance(controls, options.get("balance", controls.balance.value))
     controls.pattern.value = options.get("pattern", controls.pattern.value)
-    for name in ("alpha", "temperature", "every"):
+    for name in ("alpha", "temperature", "together", "every"):
         if name in options: knobs[name].put(options[name])
     knobs["beta"].put(state.beta), knobs["steps"].put(state.steps)
     for i, strength in enumerate(state.strengths): knobs[f"strength{i}"].put(strength)
@@ -181,7 +183,7 @@ class Controls(GridBox):
         self.pattern, pattern_row = chooser("ramp S(p)", [("s: αp + β", "s"), ("s*: (αp + β) mod α", "s*")], "s", TIPS["pattern"])
         self.balance, balance_row = chooser("balance", BALANCES, "energy", TIPS["balance"])
         first = dict(rule=rule_row, steps=self.knobs["steps"], beta=self.knobs["beta"], alpha=self.knobs["alpha"], pattern=pattern_row, temperature=self.knobs["temperature"], balance=balance_row, gamma=self.knobs["gamma"])
-        self.rows = {**first, **{name: row for name, row in self.knobs.items() if name.startswith("strength")}, "every": self.knobs["every"]}
+        self.rows = {**first, **{name: row for name, row in self.knobs.items() if name.startswith("strength")}, "together": self.knobs["together"], "every": self.knobs["every"]}
         super().__init__(list(self.rows.values()), layout=Layout(grid_template_columns="minmax(0, 1fr) minmax(0, 1fr)", grid_gap="2px 24px", width="auto"))
         for name, row in self.rows.items(): row.add_class(f"loramix-{name}")
         self._listen()
@@ -234,8 +236,14 @@ class Controls(GridBox):
         if name == "gamma" and self.balance.value != "by hand":
             if self.knobs["gamma"].still: return
             self._quietly(lambda: setattr(self.balance, "value", "by hand"))
-        if name == "rule": self._show_rows()
+        if name == "rule": self._start_rule()
         self.changed()
+
+    def _start_rule(self):
+        "After another rule was chosen: show its knobs; a temperature that stands where `est` or `soft` starts goes to where this one does."
+        own, knob = dict(est=0., soft=SOFT), self.knobs["temperature"]
+        if self.rule.value in own and knob.value in own.values(): self._quietly(lambda: knob.put(own[self.rule.value]))
+        self._show_rows()
 
     def _show_rows(self):
         "Show the knobs that the rule has."

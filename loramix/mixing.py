@@ -26,7 +26,7 @@ from .fusion import fuse
 from .lora import read_lora
 from .plan import Plan, add_always, check_steps, check_strengths, describe, noise_progress, pick_loras, plan_dict, plan_from_dict
 from .probes import Discrepancy, base_fingerprint, discrepancy as measure_discrepancy
-from .rules import RULES, est, rule_named
+from .rules import RULES, est, rule_named, soft
 from .scores import as_list, score, told_apart
 from .watching import Watch, follow, watched
 
@@ -76,7 +76,7 @@ def needs_discrepancy(
     settings:Settings
 ) -> bool:
     "Whether the rule asks for a style discrepancy."
-    return settings.rule in ("est", est)
+    return settings.rule in ("est", est, "soft", soft)
 
 # %% ../nbs/08_mixing.ipynb #7be4511c
 def make(
@@ -464,7 +464,7 @@ def mix(
     subject, # the subject LoRA: a file, a folder, a hub id, a state dict, a `LoRA`; or a list of these
     style, # the style LoRA, or a list
     *,
-    rule="est", # "est", "klora", "topk", "direct", "switch"; a function(scores, steps, strengths=…, **options) -> Plan; or a `Plan`
+    rule="est", # "est", "soft", "klora", "topk", "direct", "switch"; a function(scores, steps, strengths=…, **options) -> Plan; or a `Plan`
     prompt:str|None=None, # measure the style discrepancy now, with this prompt
     discrepancy=None, # the style discrepancy β as a number or a `Discrepancy`; None: measured where the rule needs it
     strengths=(1., 1.), # factor of (subject, style), or one for each LoRA

@@ -22,6 +22,7 @@ import torch
 from .controls import by_role, call_code
 from .diagrams import choices, crossing, energy_blocks, energy_map, probe_sheet, shares, turns
 from .drawing import figure_png, layer_place, plan_map, row_label
+from .mixing import needs_discrepancy
 from .plan import ramp
 from .probes import Discrepancy
 from .scores import ratios
@@ -223,10 +224,9 @@ def python_call(
     path, settings = (lambda p: p) if folders else bare_path, mix.settings
     files = {role: [path(lora.source) or f"<{lora.name}, from memory>" for lora in (mix.always if role == "always" else by_role(mix.scores, role))] for role in ("subject", "style", "always")}
     named = {role: names if len(names) > 1 else names[0] for role, names in files.items() if names}
-    rule = plan.rule.get("name")
-    if not isinstance(settings.rule, str): rule = getattr(settings.rule, "__name__", "plan")
+    rule = settings.rule if isinstance(settings.rule, str) else getattr(settings.rule, "__name__", "plan")
     if rule != "est": named["rule"] = rule
-    if mix.discrepancy is not None and rule == "est": named["discrepancy"] = mix.beta
+    if mix.discrepancy is not None and needs_discrepancy(settings): named["discrepancy"] = mix.beta
     named |= settings.options | dict(strengths=settings.strengths)
     if mix.always: named["always_strengths"] = mix.always_strengths
     named |= {name: value for name, value in (("time", settings.time), ("text_encoder", settings.text_encoder)) if value != dict(time="index", text_encoder="both")[name]}

@@ -72,6 +72,16 @@ def test_the_whole_way_and_back(files):
     assert not np.array_equal(pixels(first), pixels(plain))
 
 
+def test_soft_is_est_made_soft_in_the_conditional_half(files):
+    pipe, run = tiny.sd(), dict(seed=3, num_inference_steps=4, guidance_scale=4., **SIZE)
+    with mix(pipe, files["robot"], files["ink"], rule="soft", encoder=colours) as named:
+        image, beta = named("a robot in ink", **run), named.beta
+        recipe = named.recipe()
+    with load(pipe, recipe) as again: assert np.array_equal(pixels(again.replay()), pixels(image))
+    with mix(pipe, files["robot"], files["ink"], discrepancy=beta, temperature=.5, conditional_only=True) as spelt: assert np.array_equal(pixels(spelt("a robot in ink", **run)), pixels(image))
+    with mix(pipe, files["robot"], files["ink"], discrepancy=beta) as hard: assert not np.array_equal(pixels(hard("a robot in ink", **run)), pixels(image))
+
+
 def test_discrepancy_against_diffusers_own_loading(files):
     "The probe pictures are those that diffusers draws with each LoRA loaded by itself."
     pipe = tiny.sd()

@@ -143,10 +143,11 @@ def test_ready_plans_several_loras_and_always_ones(pair):
     assert "has drawn no picture here yet" in page.html and "rule='plan'" in Reader(page.html).text
 
 
-def test_the_call_is_exact(pair):
+@pytest.mark.parametrize("rule", ["est", "soft"])
+def test_the_call_is_exact(pair, rule):
     "The code on the page, run with the names it cannot know, draws the same picture."
     pipe, c, s = pair
-    with drawn(pipe, c, s, alpha=1.2, strengths=(1., .8), seed=4) as mixed:
+    with drawn(pipe, c, s, rule=rule, alpha=1.2, strengths=(1., .8), seed=4) as mixed:
         image, code = mixed.pictures[0], python_call(mixed, mixed.plan)
     lines = code.split("\n")
     start = next(i for i, line in enumerate(lines) if line.startswith("mix = loramix.mix("))

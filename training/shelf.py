@@ -4,7 +4,7 @@
     python training/shelf.py subjects & python training/shelf.py styles
     python training/shelf.py sheet                     # what the styles should look like: training/runs/shelf/true.png
     python training/shelf.py judge                     # a judge that knows the shelf's subjects and styles besides those that ship, ten minutes
-    python training/shelf.py world                     # the index of the larger world, read by benchmarks/larger.py
+    python training/shelf.py world                     # the index of the larger world, read by benchmarks/leaderboard.py --larger
 
 LoRAs go to training/runs/shelf/loras, made as those that ship (loras.py). None of the names is known to the base, the shipped judge or the probe encoder."""
 import argparse
@@ -16,7 +16,7 @@ import common
 import data
 import loras
 import world
-from common import OUT, RUNS, sheet, write_json
+from common import OUT, RUNS, sheet, to_picture, write_json
 from data import FINE, colour, coordinates, dark_parts, grey, over, widen
 
 SHELF = RUNS / "shelf"
@@ -135,7 +135,7 @@ def judge():
 
 
 def larger_world():
-    """world.json of shelf and package: every pair of a shelf subject with a shelf style is one of the split `shelf`."""
+    """world.json of shelf and package, and the shelf's true pictures: every pair of a shelf subject with a shelf style is one of the split `shelf`."""
     import export
     index, sides = export.index(), {}
     for kind, names, steps in (("subjects", NEW, loras.SUBJECT_STEPS), ("styles", STYLES, loras.STYLE_STEPS)):
@@ -146,6 +146,9 @@ def larger_world():
         prompts = index["judge_prompts"][kind]
         prompts["words"] = sorted([*prompts["words"], *names])
     pairs = [dict(subject=subject, style=style, split="shelf", aligned=True) for subject in NEW for style in STYLES]
+    (SHELF / "truth").mkdir(exist_ok=True)
+    for pair in pairs:
+        to_picture(data.truth(world.EMOJI[pair["subject"]], pair["style"])).save(SHELF / f"truth/{pair['subject']}__{pair['style']}.png")
     write_json(SHELF / "world.json", index | sides | dict(pairs=index["pairs"] + pairs))
 
 
