@@ -133,7 +133,7 @@ def make_knobs(
         beta=Knob("discrepancy β", FloatSlider(.5, min=0, max=2, step=.01), TIPS["beta"]),
         alpha=Knob("slope α", FloatSlider(1.5, min=.05, max=4, step=.05), TIPS["alpha"]),
         gamma=Knob("γ", FloatLogSlider(1., base=10, min=-2, max=2, step=.01), TIPS["gamma"]),
-        temperature=Knob("temperature", FloatSlider(0., min=0, max=2, step=.02), TIPS["temperature"], [(0, "hard"), (2, "soft")]),
+        temperature=Knob("temperature τ", FloatSlider(0., min=0, max=2, step=.02), TIPS["temperature"], [(0, "hard"), (2, "soft")]),
         together=Knob("both in full until", FloatSlider(0., min=0, max=1, step=.05), TIPS["together"], [(0, "never"), (1, "throughout")]),
         every=Knob("turn, in steps", IntSlider(5, min=1, max=25), TIPS["every"]),
         **{f"strength{i}": strength(name) for i, name in enumerate(loras)})

@@ -383,7 +383,7 @@ def point_out(stage, plan, fight:Contest|None, step:int, layer:int) -> None:
 
 # %% ../nbs/11_stage.ipynb #f4492053
 RULE_NAMES = dict(est="EST-LoRA", soft="soft EST", klora="K-LoRA", topk="Top-K", direct="direct merge", switch="LoRA Switch", windows="role windows", acfg="asymmetric guidance", blora="B-LoRA's blocks")
-SIGNS = dict(discrepancy="β", beta="β", alpha="α", pattern="ramp", gamma="γ", every="turn of", subject_window="subject", style_window="style", subject_blocks="subject", style_blocks="style")
+SIGNS = dict(discrepancy="β", beta="β", alpha="α", pattern="ramp", gamma="γ", temperature="τ", together="both until", conditional_only="conditional half only", every="turn of", subject_window="subject", style_window="style", subject_blocks="subject", style_blocks="style")
 
 def headline(
     plan:Plan # of any rule
@@ -391,7 +391,7 @@ def headline(
     "A plan's rule and its settings in one short line."
     number = lambda value: f"{value:.3g}" if isinstance(value, float) else " / ".join(map(number, value)) if isinstance(value, list) else str(value)
     facts = {key: value for key, value in plan.rule.items() if key != "name" and value is not None and (key, value) != ("temperature", 0.)}
-    words = [f"{SIGNS.get(key, key)}{' = ' if SIGNS.get(key, key) in 'αβγ' else ' '}{number(value)}" for key, value in facts.items()]
+    words = [SIGNS.get(key, key) if value is True else f"{SIGNS.get(key, key)}{' = ' if SIGNS.get(key, key) in 'αβγτ' else ' '}{number(value)}" for key, value in facts.items()]
     name = plan.rule.get("name", "plan")
     return RULE_NAMES.get(name, name) + (": " if words else "") + ", ".join(words)
 

@@ -21,7 +21,7 @@ from sized import sdxl_scores
 large = explore(sdxl_scores())
 large.add_class("large")
 large"""
-SLIDERS = ("steps", "beta", "alpha", "gamma", "temperature", "strength0", "strength1")
+SLIDERS = ("steps", "beta", "alpha", "gamma", "temperature", "together", "strength0", "strength1")
 PICTURE = ".loramix-explorer:not(.large) .loramix-page"
 
 

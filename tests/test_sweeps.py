@@ -302,6 +302,22 @@ def test_bench_command(tmp_path):
     assert "P(both)" in result.stdout and len(pd.read_csv(tmp_path/"bench"/"pictures.csv")) == 2*2
 
 
+def test_the_benchmarks_table_keeps_lines_that_were_not_drawn_again(world, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT/"benchmarks"))
+    import leaderboard as bench
+    methods = [m for m in bench.METHODS if m.title in ("plain sum", "NP-LoRA")]
+    draw = lambda methods, pairs=PAIRS: sweep(methods, pairs, 1, world=world, store=tmp_path/"bench.sqlite", run=FEW, progress=False)
+    bench.write(dict(tuning=draw(methods)), tmp_path, "table", keep=False)
+    whole = pd.read_csv(tmp_path/"table.csv").set_index("method").sort_index()
+    pictures = pd.read_csv(tmp_path/"table_pictures.csv.gz")
+    pd.concat([pictures, pictures.assign(method="a method that is gone")]).to_csv(tmp_path/"table_pictures.csv.gz", index=False)
+    bench.write(dict(tuning=draw(methods[:1])), tmp_path, "table", keep=True)
+    pd.testing.assert_frame_equal(pd.read_csv(tmp_path/"table.csv").set_index("method").sort_index(), whole)
+    assert "a method that is gone" not in (tmp_path/"table.md").read_text()
+    bench.write(dict(tuning=draw(methods[:1], PAIRS[:1])), tmp_path, "table", keep=True)       # other pairs: no lines of theirs are kept
+    assert set(pd.read_csv(tmp_path/"table.csv").n) == {1}
+
+
 def test_a_script_has_the_same_keys_as_the_module_it_is(tmp_path):
     "Run or imported, its function gives one key."
     (tmp_path/"mine.py").write_text("from loramix.sweeps import Method, method_facts\ndef draw(pipe, subject, style): return pipe\nfacts = method_facts(Method('mine', make=draw))\nprint(facts)\n")
