@@ -96,7 +96,8 @@ def main(args):
         return print(table.round(3).to_string())
     if args.grid: return print(loramix.tune("direct", GRID, sampler="grid", world=world, store=store, batch=args.batch))
     splits, seeds = (["shelf"], args.seeds or 1) if args.larger else (args.splits, args.seeds or 8)
-    batch = min(args.batch, seeds)                                                # a call draws whole batches
+    batch = args.batch or (1 if args.larger else 4)
+    if args.keep and not (args.out/f"{name}_pictures.csv.gz").is_file(): raise FileNotFoundError(f"--keep needs the lines of an earlier table, {args.out/name}_pictures.csv.gz.")
     made = {split: loramix.sweep(methods, split, seeds, world=world, store=store, batch=batch) for split in splits}
     if next(iter(made.values())).crew.main: write(made, args.out, name, args.keep)
 
@@ -110,25 +111,30 @@ def larger():
 
 def write(made, out, name, keep):
     "The table of each split, the pictures' lines and the contact sheet."
-    text, lines, pictures = [], [], []
-    for split, one in made.items():
-        frame = pd.concat([one.frame, earlier(one, out/f"{name}_pictures.csv.gz")]) if keep else one.frame
+    frames = {split: one.frame.assign(split=split) for split, one in made.items()}
+    if keep: frames = with_earlier(frames, pd.read_csv(out/f"{name}_pictures.csv.gz"))
+    text, lines = [], []
+    for split, frame in frames.items():
         table = leaderboard(frame, REFERENCE if REFERENCE in set(frame.method) else None)
-        pictures.append(frame)
         text.append(f"## {SPLITS[split]}\n\n{_words(frame)}\n\n{markdown(_with_cost(table.drop(columns='seconds'), out))}")
         lines.append(_with_cost(table, out).reset_index().assign(split=split))
-        if split in ("held-out", "shelf") and not keep: (out/f"{name}.png").write_bytes(figure_png(sheet(one, methods=[t for t in SHOWN if t in table.index])))
+    for split in {"held-out", "shelf"} & set(made):
+        if not keep: (out/f"{name}.png").write_bytes(figure_png(sheet(made[split], methods=[t for t in SHOWN if t in {m.title for m in made[split].methods}])))
     pd.concat(lines).to_csv(out/f"{name}.csv", index=False)
-    pd.concat(pictures).to_csv(out/f"{name}_pictures.csv.gz", index=False)
+    pd.concat(frames.values()).to_csv(out/f"{name}_pictures.csv.gz", index=False)
     (out/f"{name}.md").write_text("# Leaderboard\n\nWritten by `benchmarks/leaderboard.py`.\n\n" + "\n".join(text), encoding="utf-8")
     print("\n".join(text))
 
 
-def earlier(one, path):
-    "The lines of an earlier table, same pairs and seeds, of methods that were not drawn now."
-    known = pd.read_csv(path)
-    pairs = pd.MultiIndex.from_frame(known[["subject", "style"]]).isin(one.pairs)
-    return known[pairs & known.seed.isin(one.seeds) & known.method.isin([m.title for m in METHODS]) & ~known.method.isin([m.title for m in one.methods])]
+def with_earlier(frames, known):
+    "Each split's lines, with those of an earlier table for methods and splits that were not drawn now. `ValueError` where they are of other pairs or seeds."
+    found, known = {}, known[known.method.isin([m.title for m in METHODS])]
+    for split in SPLITS:
+        drawn, lines = frames.get(split), known[known.split == split]
+        found[split] = lines if drawn is None else pd.concat([drawn, lines[~lines.method.isin(drawn.method)]])
+        of = {title: frozenset(zip(one.subject, one["style"], one.seed)) for title, one in found[split].groupby("method")}
+        if len(set(of.values())) > 1: raise ValueError(f"The lines to keep of {split!r} are of other pairs or seeds than those drawn now; ask for the same.")
+    return {split: frame for split, frame in found.items() if len(frame)}
 
 
 def _words(frame):
@@ -153,7 +159,7 @@ if __name__ == "__main__":
     parser.add_argument("--only", nargs="+", default=[], metavar="METHOD", help="labels of METHODS; default: all")
     parser.add_argument("--keep", action="store_true", help="with --only: the other methods' lines stay in the table as they are (no contact sheet)")
     parser.add_argument("--seeds", type=int, help="8, or 1 of the larger world")
-    parser.add_argument("--batch", type=int, default=4, help="seeds drawn in one call")
+    parser.add_argument("--batch", type=int, help="seeds drawn in one call: 4, or 1 of the larger world; one picture may differ by a level with another")
     parser.add_argument("--cost", action="store_true", help="measure time and memory instead")
     parser.add_argument("--grid", action="store_true", help="search the weights of the sum instead")
     parser.add_argument("--rounds", type=int, default=7, help="rounds of --cost")

@@ -30,6 +30,7 @@ def add_rule_arguments(
     add("--balance", choices=["energy", "official", "magnitude", "none"], help="how the two files are balanced (energy for est and soft, official for klora and topk)")
     add("--temperature", type=float, help="of est and soft: 0 is one LoRA or the other in each layer, above is a soft choice (0; 0.5 for soft)")
     add("--together", type=float, help="of est and soft: progress, 0 to 1, until which both LoRAs act in full before the choice begins (0)")
+    add("--conditional-only", action=argparse.BooleanOptionalAction, help="let the two LoRAs act in the conditional half of guidance only, at the price of a second forward pass a step (no; soft: yes)")
     add("--every", type=int, help="steps of a turn of the rule switch (5)")
     add("--strengths", type=float, nargs=2, metavar=("SUBJECT", "STYLE"), help="factors on the two LoRAs (1 1)")
 
@@ -38,7 +39,7 @@ def rule_options(
     args # parsed arguments
 ) -> dict: # the rule's own settings that were given
     "The settings that were given, for the library."
-    given = {key: getattr(args, key) for key in ("alpha", "beta", "pattern", "balance", "temperature", "together", "every")}
+    given = {key: getattr(args, key) for key in ("alpha", "beta", "pattern", "balance", "temperature", "together", "conditional_only", "every")}
     return {key: value for key, value in given.items() if value is not None}
 
 # %% ../nbs/13_cli.ipynb #b5b20d86

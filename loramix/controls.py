@@ -23,7 +23,7 @@ from .drawing import FAINT, as_picture, fit_picture, layer_place, shorten
 from .mixing import Mix, needs_discrepancy
 from .plan import Plan
 from .scores import Scores
-from .stage import BARE, KNOBS, RULE_NAMES, SOFT, Stage, State, layer_label, settings_of
+from .stage import BARE, DEFAULTS, KNOBS, RULE_NAMES, SOFT, Stage, State, layer_label, settings_of
 
 # %% ../nbs/11a_controls.ipynb #c4186137
 def small(text:str) -> str: # HTML
@@ -134,7 +134,7 @@ def make_knobs(
         alpha=Knob("slope α", FloatSlider(1.5, min=.05, max=4, step=.05), TIPS["alpha"]),
         gamma=Knob("γ", FloatLogSlider(1., base=10, min=-2, max=2, step=.01), TIPS["gamma"]),
         temperature=Knob("temperature τ", FloatSlider(0., min=0, max=2, step=.02), TIPS["temperature"], [(0, "hard"), (2, "soft")]),
-        together=Knob("both in full until", FloatSlider(0., min=0, max=1, step=.05), TIPS["together"], [(0, "never"), (1, "throughout")]),
+        together=Knob("both in full until", FloatSlider(0., min=0, max=1, step=.05), TIPS["together"], [(0, "never"), (1, "the end")]),
         every=Knob("turn, in steps", IntSlider(5, min=1, max=25), TIPS["every"]),
         **{f"strength{i}": strength(name) for i, name in enumerate(loras)})
 
@@ -162,7 +162,7 @@ def _put_balance(controls, balance):
 def _put_state(controls, state):
     "Set all knobs to what a state says; what it does not say stays."
     options, knobs = state.options, controls.knobs
-    controls.rule.value = state.rule
+    controls.rule.value = controls.shown_rule = state.rule
     _put_balance(controls, options.get("balance", controls.balance.value))
     controls.pattern.value = options.get("pattern", controls.pattern.value)
     for name in ("alpha", "temperature", "together", "every"):
@@ -178,6 +178,7 @@ class Controls(GridBox):
     "The knobs of a rule, two to a row; `state` is what they say. `changed()` is called after each move."
     def __init__(self, state:State, loras, changed:Callable=lambda: None, measured:float|None=None):
         self.given, self.changed, self.quiet, self.knobs = state, changed, True, make_knobs(loras)
+        self.shown_rule, self.temperatures = state.rule, dict(est=0., soft=SOFT)
         own = [] if isinstance(state.rule, str) else [("as given", state.rule)]
         self.rule, rule_row = chooser("rule", own + [(name, rule) for rule, name in RULE_NAMES.items()], state.rule, "How the plan is made.")
         self.pattern, pattern_row = chooser("ramp S(p)", [("s: αp + β", "s"), ("s*: (αp + β) mod α", "s*")], "s", TIPS["pattern"])
@@ -221,6 +222,12 @@ class Controls(GridBox):
         self._quietly(lambda: _put_state(self, state))
         if not self.quiet: self.changed()
 
+    def reset(self, state:State) -> None:
+        "Set all knobs, those too that the state's rule does not have; `changed()` is called once."
+        self.temperatures = dict(est=0., soft=SOFT)
+        self._quietly(lambda: [self.knobs[name].put(DEFAULTS[name]) for name in ("alpha", "temperature", "together", "every")])
+        self.put(state)
+
     def show_gamma(self, gamma:float) -> None:
         "Move the γ slider to what the balance gives, unless it is set by hand."
         if self.balance.value != "by hand": self._quietly(lambda: self.knobs["gamma"].put(float(gamma)))
@@ -240,9 +247,11 @@ class Controls(GridBox):
         self.changed()
 
     def _start_rule(self):
-        "After another rule was chosen: show its knobs; a temperature that stands where `est` or `soft` starts goes to where this one does."
-        own, knob = dict(est=0., soft=SOFT), self.knobs["temperature"]
-        if self.rule.value in own and knob.value in own.values(): self._quietly(lambda: knob.put(own[self.rule.value]))
+        "After another rule was chosen: show its knobs; `est` and `soft` have a temperature of their own each."
+        before, now, knob = self.shown_rule, self.rule.value, self.knobs["temperature"]
+        if before in self.temperatures: self.temperatures[before] = knob.value
+        if now in self.temperatures: self._quietly(lambda: knob.put(self.temperatures[now]))
+        self.shown_rule = now
         self._show_rows()
 
     def _show_rows(self):

@@ -119,7 +119,7 @@ def guided(
 ) -> bool: # True: the denoiser is called once for both halves of guidance
     "Whether the pipeline's run is guided in one call; its own word for it. `FusionError` for perturbed attention guidance, whose batch has three parts."
     if getattr(pipe, "do_perturbed_attention_guidance", False):
-        raise FusionError("A plan with a table of its own for the unconditional half does not work with perturbed attention guidance, whose batch has three parts. Use a plan without `unconditional`.")
+        raise FusionError("A plan with a table of its own for the unconditional half does not work with perturbed attention guidance, whose batch has three parts. Use a plan without `unconditional`: `conditional_only=False`.")
     return bool(getattr(pipe, "do_classifier_free_guidance", False))
 
 # %% ../nbs/06_fusion.ipynb #7f56185b
@@ -311,7 +311,7 @@ def fuse(
     fusion = kind(pipe, plan, loras, sites, backup=kept, resample=resample, tolerance=tolerance)
     _report_unplanned(names, first)
     if first.unconditional is not None and component != "unet":
-        raise FusionError(f"A plan with a table of its own for the unconditional half needs a UNet, which guidance calls once for both halves; {type(pipe).__name__} has a transformer. Use a plan without `unconditional`.")
+        raise FusionError(f"A plan with a table of its own for the unconditional half needs a UNet, which guidance calls once for both halves; {type(pipe).__name__} has a transformer. Use a plan without `unconditional`: `conditional_only=False`.")
     fusion.ready[first.steps] = make_rows(first, loras, fusion.editor.sites, tolerance)
     _start(fusion, first.steps, text_weights(first, text_encoder), backup)
     return fusion

@@ -26,7 +26,7 @@ from .fusion import fuse
 from .lora import read_lora
 from .plan import Plan, add_always, check_steps, check_strengths, describe, noise_progress, pick_loras, plan_dict, plan_from_dict
 from .probes import Discrepancy, base_fingerprint, discrepancy as measure_discrepancy
-from .rules import RULES, est, rule_named, soft
+from .rules import RULES, contest_start, est, rule_named, soft
 from .scores import as_list, score, told_apart
 from .watching import Watch, follow, watched
 
@@ -233,10 +233,15 @@ class Mix:
         settings = replace(old, rule=old.rule if rule is None else rule, options={**old.options, **options} if rule is None else dict(options), strengths=strengths)
         check_settings(settings, discrepancy)
         make(self.scores, 2, settings, .5, [1., .5])
+        before = self.settings, self.discrepancy, self.last, self.pictures
         self.fusion.remove()
         self.settings, self.last, self.pictures = settings, None, ()
         if discrepancy is not None: self.discrepancy = discrepancy
-        self._attach()
+        try: self._attach()
+        except BaseException:
+            self.settings, self.discrepancy, self.last, self.pictures = before
+            self._attach()
+            raise
 
     def explore(self,
         **kwargs # for `loramix.widgets.explore`: prompt, seed, steps, and arguments of the pipeline
@@ -383,10 +388,14 @@ def _distance_words(beta):
 
 def _movers(plan):
     "How many layers stay with one side and how many change hands."
+    start = contest_start(plan)
+    first = [f"Until step {start - 1} both act in full."] if 0 < start else []
+    if start == plan.steps: return first
     side = plan.choice[..., [role == "subject" for role in plan.roles]].sum(-1) > plan.choice[..., [role == "style" for role in plan.roles]].sum(-1)
+    side = side[start:]
     always_subject, always_style = int(side.all(0).sum()), int((~side).all(0).sum())
     changing = len(plan.layers) - always_subject - always_style
-    return [f"{always_subject} layers stay with the subject from first to last, {always_style} with the style, {changing} change hands on the way."]
+    return [*first, f"{always_subject} layers stay with the subject from {f'step {start}' if start else 'first'} to last, {always_style} with the style, {changing} change hands on the way."]
 
 # %% ../nbs/08_mixing.ipynb #62bdb96a
 RECIPE_SCHEMA = 1

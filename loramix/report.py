@@ -25,6 +25,7 @@ from .drawing import figure_png, layer_place, plan_map, row_label
 from .mixing import needs_discrepancy
 from .plan import ramp
 from .probes import Discrepancy
+from .rules import contest_start
 from .scores import ratios
 
 # %% ../nbs/14_report.ipynb #c27820d2
@@ -194,21 +195,22 @@ def crossing_part(
     plan # its plan
 ) -> Markup|None:
     "Why a layer turns when it does; None for rules without a time ramp, and for plans that follow the authors' program call by call."
-    if plan.rule.get("name") not in ("est", "klora") or plan.rule.get("parity"): return None
+    if plan.rule.get("name") not in ("est", "klora") or plan.rule.get("parity") or contest_start(plan) == plan.steps: return None
     table = None if plan.rule["name"] == "est" else mix.scores.top_sum
     numbers, at, layers = ratios(mix.scores, plan.rule["gamma"], table), time_ramp(plan), mix.scores.layers
-    example = turn_words(numbers, at, layers)
+    start, example = contest_start(plan), turn_words(numbers, at, layers, contest_start(plan))
     return joined([tag("p", "Each level line is a layer: its ratio of subject to style. The staircase is the time ramp. As long as the line is above the staircase the subject acts; where the ramp passes over it, "
-                       "the layer turns to the style. " + example), figure(figure_png(crossing(numbers, at, plan.progress, layers)), "Ratio of each layer, and the time ramp")])
+                       "the layer turns to the style. " + (f"Before step {start} both act in full, whatever the ramp says. " if start else "") + example), figure(figure_png(crossing(numbers, at, plan.progress, layers)), "Ratio of each layer, and the time ramp")])
 
 def turn_words(
     numbers, # [layers] ratios
     at, # [steps] the ramp
-    layers # their names
+    layers, # their names
+    start:int=0 # the step at which the contest begins
 ) -> str:
     "One layer that turns, as an example; empty where none does."
     turned = turns(choices(numbers, at))
-    order = sorted((i for i, steps in enumerate(turned) if len(steps) == 1), key=lambda i: turned[i])
+    order = sorted((i for i, steps in enumerate(turned) if len(steps) == 1 and steps[0] >= start), key=lambda i: turned[i])
     if not order: return ""
     i = order[len(order)//2]
     place, step = layer_place(layers[i]), turned[i][0]

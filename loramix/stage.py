@@ -25,7 +25,7 @@ from .drawing import (FAINT, GROUND, INK, PAPER, SMALL, STYLE, SUBJECT, TEXT, bo
 from .diagrams import crossing_limits, lora_colours, lora_legend
 from .mixing import Settings, make
 from .plan import Plan, ramp
-from .rules import RULES
+from .rules import RULES, contest_start
 from .scores import Scores
 
 # %% ../nbs/11_stage.ipynb #074f60ae
@@ -136,9 +136,9 @@ def layer_label(
 def subject_acts(
     plan:Plan # of any rule
 ) -> np.ndarray: # bool [steps, layers]
-    "Where more of the subject acts than of the style."
+    "Where more of the subject acts than of the style. Steps before the contest, in which both act in full, are counted to whoever wins its first step."
     subject, style = both_sides(plan.choice.numpy(), plan.roles)
-    return subject > style
+    return (subject > style)[np.maximum(np.arange(plan.steps), min(contest_start(plan), plan.steps - 1))]
 
 def _turn_words(acts, turns):
     "Whose side has more from when on."
@@ -175,10 +175,13 @@ def layer_words(
     weighs = " and ".join(f"{value:.3g} in {name}" for name, value in zip(scores.loras, scores.energy[layer]))
     held = [name for name, here in zip(scores.loras, scores.present[layer]) if here]
     if len(held) == 1: return f"Energy {weighs}. Only {held[0]} holds this layer, so nothing has to be decided."
+    start = contest_start(plan)
+    if start == plan.steps: return f"Energy {weighs}. Both act in full throughout."
+    early = f"Until step {start - 1} both act in full, then the contest begins. " if start else ""
     why = f"{_compared(fight, layer)} {_because(fight, layer, acts, turns, plan)}" if fight is not None else "This rule compares nothing." if (plan.choice[:, layer] > 0).sum(-1).min() > 1 else f"This rule compares nothing: {_turn_words(acts, turns)}."
     parts = plan.choice[step, layer].tolist()
     together = f" At step {step} both act: " + ", ".join(f"{name} {part:.2f}" for name, part in zip(plan.loras, parts)) + "." if sum(part >= .005 for part in parts) > 1 else ""
-    return f"Energy {weighs}. {why}{together}"
+    return f"Energy {weighs}. {early}{why}{together}"
 
 # %% ../nbs/11_stage.ipynb #c80246ff
 def pixel_rows(

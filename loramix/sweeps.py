@@ -150,7 +150,9 @@ def method_facts(
 ) -> dict: # plain JSON values
     "What a method is, by content. `TypeError` where a setting is no plain value."
     make, settings = method.made_by
-    parts = [make, *([RULES[settings["rule"]]] if make is mix and settings.get("rule", "est") in RULES else []), *([_attached()[settings["method"]]] if make is attached else [])]
+    rule = RULES.get(settings.get("rule", "est" if make is mix else None))
+    rules = [] if rule is None else [rule, *(RULES[name] for name in rule.__code__.co_names if name in RULES)]     # soft calls est
+    parts = [make, *rules, *([_attached()[settings["method"]]] if make is attached else [])]
     try: plain = json.loads(json.dumps(settings, sort_keys=True))
     except TypeError: raise TypeError(f"The settings of {method.title!r} go into the key of its pictures and must be plain JSON values; got {settings!r}. Put anything else into a function of your own: Method(name, make=function).") from None
     return dict(function=_called(make), settings=plain, code=[code_digest(part) for part in parts])

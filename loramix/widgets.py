@@ -185,7 +185,7 @@ class Explorer(VBox):
     def go_back(self) -> None:
         "All knobs as they were at first, and the axes too."
         self.stage.limits = self.stage.plan = None
-        self.controls.put(self.start)
+        self.controls.reset(self.start)
 
     def update(self) -> None:
         "Show what the knobs say."

@@ -1,5 +1,6 @@
 "The front door on random pipelines of the true classes: same pixels, recipes, several LoRAs, errors that leave the pipeline as it was."
 import json
+import re
 import warnings
 
 import numpy as np
@@ -10,7 +11,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import tiny
-from loramix.mixing import Picture, load, mix
+from loramix.mixing import Picture, explain, load, mix
 from loramix.plan import Plan
 from loramix.probes import discrepancy, find_encoder
 from loramix.rules import direct, est
@@ -123,6 +124,28 @@ def test_probe_each_measures_for_every_new_prompt(files):
             mixed(prompt, seed=0, num_inference_steps=2, **SIZE)
             seen.append(mixed.discrepancy)
     assert seen[0] is not seen[1] and seen[1] is seen[2] and seen[1].prompt == "two"
+
+
+def test_a_change_that_the_pipeline_refuses_changes_nothing():
+    pipe = tiny.flux()
+    with mix(pipe, tiny.lora_state(pipe, seed=1), tiny.lora_state(pipe, seed=2), discrepancy=.4) as mixed:
+        image, settings = mixed("a robot", seed=1, num_inference_steps=2, **SIZE), mixed.settings
+        with pytest.raises(FusionError, match="conditional_only=False"): mixed.change(rule="soft")
+        assert mixed.settings is settings and mixed.pictures and mixed.recipe()["rule"]["name"] == "est"
+        assert np.array_equal(pixels(mixed("a robot", seed=1, num_inference_steps=2, **SIZE)), pixels(image))
+        mixed.change(rule="soft", conditional_only=False)
+        assert not np.array_equal(pixels(mixed("a robot", seed=1, num_inference_steps=2, **SIZE)), pixels(image))
+
+
+def test_both_in_full_first_is_explained():
+    pipe = tiny.sd()
+    scores = score(tiny.lora_state(pipe, seed=1), tiny.lora_state(pipe, seed=2))
+    words = lambda together: explain(est(scores, 10, discrepancy=.1, together=together))
+    assert "Until step 3 both act in full." in words(.4) and "with the subject from step 4 to last" in words(.4)
+    assert words(.4).endswith("change hands on the way.") and "Until" not in words(0.)
+    counts = lambda text: [int(n) for n in re.findall(r"(\d+) (?:layers stay|with the style|change hands)", text)]
+    acts = est(scores, 10, discrepancy=.1).choice[4:, :, 0] > .5
+    assert counts(words(.4)) == [int(acts.all(0).sum()), int((~acts).all(0).sum()), int((acts.any(0) & ~acts.all(0)).sum())]
 
 
 @pytest.mark.parametrize("make", [tiny.sd, tiny.sdxl, tiny.flux])

@@ -74,6 +74,12 @@ def test_an_edited_function_is_another_method(tmp_path):
     assert method("def own(pipe, subject, style):\n    return 2\n") != first
 
 
+def test_a_rule_is_known_by_the_rule_it_calls_too():
+    code = lambda **settings: sweeps.method_facts(Method("mine", settings, make=loramix.mix))["code"]
+    assert code() == code(rule="est") and set(code(rule="est")) < set(code(rule="soft")) and len(code(rule="soft")) == 3
+    assert len(code(rule="acfg")) == 3 and len(code(rule="klora")) == 2
+
+
 def test_unknown_names_and_wrong_settings_are_told(world):
     with pytest.raises(ValueError, match="There is no method 'magic'.*est soft"): as_method("magic")
     with pytest.raises(TypeError, match="name or a Method"): as_method(loramix.mix)
@@ -314,8 +320,11 @@ def test_the_benchmarks_table_keeps_lines_that_were_not_drawn_again(world, tmp_p
     bench.write(dict(tuning=draw(methods[:1])), tmp_path, "table", keep=True)
     pd.testing.assert_frame_equal(pd.read_csv(tmp_path/"table.csv").set_index("method").sort_index(), whole)
     assert "a method that is gone" not in (tmp_path/"table.md").read_text()
-    bench.write(dict(tuning=draw(methods[:1], PAIRS[:1])), tmp_path, "table", keep=True)       # other pairs: no lines of theirs are kept
-    assert set(pd.read_csv(tmp_path/"table.csv").n) == {1}
+    bench.write({"mixed": draw(methods[:1])}, tmp_path, "table", keep=True)                    # another split: that one stays as it is
+    both = pd.read_csv(tmp_path/"table.csv")
+    pd.testing.assert_frame_equal(both[both.split == "tuning"].set_index("method").sort_index(), whole)
+    assert both[both.split == "mixed"].method.tolist() == ["plain sum"]
+    with pytest.raises(ValueError, match="other pairs or seeds"): bench.write(dict(tuning=draw(methods[:1], PAIRS[:1])), tmp_path, "table", keep=True)
 
 
 def test_a_script_has_the_same_keys_as_the_module_it_is(tmp_path):
