@@ -687,7 +687,7 @@ def sheet(
 ): # a matplotlib figure
     "Pairs × methods, one seed, the true picture at the end."
     from loramix.drawing import contact_sheet
-    pairs, methods = list(pairs or made.pairs[::max(1, -(-len(made.pairs)//12))]), list(methods or [m.title for m in made.methods])
+    pairs, methods = list(pairs or [made.pairs[i] for i in np.linspace(0, len(made.pairs) - 1, min(12, len(made.pairs))).round().astype(int)]), list(methods or [m.title for m in made.methods])
     seed, truth = made.seeds[0] if seed is None else seed, truth and hasattr(made.world, "truth")
     grid = [[*(made.picture(method, *pair, seed) for method in methods), *([made.world.truth(*pair)] if truth else [])] for pair in pairs]
     return contact_sheet(grid, [" + ".join(pair) for pair in pairs], [*methods, *(["true picture"] if truth else [])])
