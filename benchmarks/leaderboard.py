@@ -83,7 +83,7 @@ METHODS = [
     named("both, then soft EST, conditional half only", "est soft", together=.4, conditional_only=True),
     Method("both, then soft EST, projected, conditional half only", TOGETHER, make=projected, label="both, then soft EST, projected, conditional half only"),
 ]
-SHOWN = ["subject LoRA alone", "style LoRA alone", "plain sum", "NP-LoRA", "ZipLoRA", "K-LoRA", "EST-LoRA", "soft EST", "soft EST, conditional half only", "NP-LoRA, conditional half only", "trio (three voices)", "both, then soft EST, projected, conditional half only"]
+SHOWN = ["subject LoRA alone", "style LoRA alone", "plain sum", "NP-LoRA", "ZipLoRA", "asymmetric guidance", "K-LoRA", "EST-LoRA", "soft EST", "soft EST, conditional half only", "NP-LoRA, conditional half only", "trio (three voices)", "both, then soft EST, conditional half only"]
 
 
 def main(args):
