@@ -184,8 +184,8 @@ def error(fused, sides, data, rule):
 
 
 @torch.no_grad()
-def draw(fused, sides, cases, rule, guidance=3., steps=20, unconditional=None):
-    "One picture for each (subject, style, seed), 32 at a time; `unconditional` is the rule of the unconditional half, None: no LoRA acts there."
+def draw(fused, sides, cases, rule, guidance=3., steps=20):
+    "One picture for each (subject, style, seed), 32 at a time; no LoRA acts in the unconditional half."
     pictures = []
     for k in range(0, len(cases), 32):
         part = cases[k:k + 32]
@@ -194,17 +194,11 @@ def draw(fused, sides, cases, rule, guidance=3., steps=20, unconditional=None):
         x, scheduler = torch.cat([torch.randn(1, 6, 16, 16, generator=torch.Generator().manual_seed(seed)) for *_, seed in part]), base.make_scheduler()
         scheduler.set_timesteps(steps)
         for t in scheduler.timesteps:
-            bare = fused(x, t.expand(len(part)), nothing, unconditional, sides, pairs)
+            bare = fused(x, t.expand(len(part)), nothing, None, sides, pairs)
             x = scheduler.step(bare + guidance*(fused(x, t.expand(len(part)), states, rule, sides, pairs) - bare), t, x).prev_sample
         seen = fused.pipe.vae.decode(x/fused.pipe.vae.config.scaling_factor).sample.div(2).add(.5).clamp(0, 1).permute(0, 2, 3, 1).mul(255).round().byte()
         pictures += [Image.fromarray(one) for one in seen.numpy()]
     return pictures
-
-
-def measured(fused, sides, cases, name, rule, metric, unconditional=None):
-    "A line for each picture that a rule draws of these cases."
-    numbers = metric(draw(fused, sides, cases, rule, unconditional=unconditional), [evaluate.Case(subject, style, "", seed) for subject, style, seed in cases])
-    return pd.DataFrame(numbers).assign(method=name, **dict(zip(("subject", "style", "seed"), map(list, zip(*cases)))))
 
 
 def table(fused, sides, gates, seeds):
@@ -212,7 +206,8 @@ def table(fused, sides, gates, seeds):
     half, metric, rows = world.halves(), evaluate.both_metric(loramix.demo()), []
     cases = [(subject, style, seed) for subject in sides[0].keys for style in sides[1].keys for seed in range(seeds)]
     for name, rule in ((REFERENCE, NP), ("fitted gates", gates), ("half of the way to them", halfway(gates, NP)), ("both, then soft EST", both_then_est)):
-        rows.append(measured(fused, sides, cases, name, rule, metric))
+        numbers = metric(draw(fused, sides, cases, rule), [evaluate.Case(subject, style, "", seed) for subject, style, seed in cases])
+        rows.append(pd.DataFrame(numbers).assign(method=name, subject=[c[0] for c in cases], style=[c[1] for c in cases], seed=[c[2] for c in cases]))
     rows = pd.concat(rows)
     rows["split"] = [half[s] if half[s] == half[t] else "mixed" for s, t in zip(rows.subject, rows["style"])]
     return rows

@@ -155,7 +155,7 @@ def _with_cost(table, out):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--larger", action="store_true", help="the larger world instead of the small one")
-    parser.add_argument("--splits", nargs="+", default=["held-out", "tuning"], choices=list(SPLITS)[:3])
+    parser.add_argument("--splits", nargs="+", default=["held-out", "tuning"], choices=[split for split in SPLITS if split != "shelf"])
     parser.add_argument("--only", nargs="+", default=[], metavar="METHOD", help="labels of METHODS; default: all")
     parser.add_argument("--keep", action="store_true", help="with --only: the other methods' lines stay in the table as they are (no contact sheet)")
     parser.add_argument("--seeds", type=int, help="8, or 1 of the larger world")

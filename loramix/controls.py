@@ -23,7 +23,7 @@ from .drawing import FAINT, as_picture, fit_picture, layer_place, shorten
 from .mixing import Mix, needs_discrepancy
 from .plan import Plan
 from .scores import Scores
-from .stage import BARE, DEFAULTS, KNOBS, RULE_NAMES, SOFT, Stage, State, layer_label, settings_of
+from .stage import BARE, KNOBS, RULE_NAMES, Stage, State, layer_label, rule_defaults, settings_of
 
 # %% ../nbs/11a_controls.ipynb #c4186137
 def small(text:str) -> str: # HTML
@@ -178,7 +178,6 @@ class Controls(GridBox):
     "The knobs of a rule, two to a row; `state` is what they say. `changed()` is called after each move."
     def __init__(self, state:State, loras, changed:Callable=lambda: None, measured:float|None=None):
         self.given, self.changed, self.quiet, self.knobs = state, changed, True, make_knobs(loras)
-        self.shown_rule, self.temperatures = state.rule, dict(est=0., soft=SOFT)
         own = [] if isinstance(state.rule, str) else [("as given", state.rule)]
         self.rule, rule_row = chooser("rule", own + [(name, rule) for rule, name in RULE_NAMES.items()], state.rule, "How the plan is made.")
         self.pattern, pattern_row = chooser("ramp S(p)", [("s: αp + β", "s"), ("s*: (αp + β) mod α", "s*")], "s", TIPS["pattern"])
@@ -188,7 +187,7 @@ class Controls(GridBox):
         super().__init__(list(self.rows.values()), layout=Layout(grid_template_columns="minmax(0, 1fr) minmax(0, 1fr)", grid_gap="2px 24px", width="auto"))
         for name, row in self.rows.items(): row.add_class(f"loramix-{name}")
         self._listen()
-        self.put(state)
+        self.reset(state)
         self.set_measured(measured)
         self.quiet = False
 
@@ -224,8 +223,9 @@ class Controls(GridBox):
 
     def reset(self, state:State) -> None:
         "Set all knobs, those too that the state's rule does not have; `changed()` is called once."
-        self.temperatures = dict(est=0., soft=SOFT)
-        self._quietly(lambda: [self.knobs[name].put(DEFAULTS[name]) for name in ("alpha", "temperature", "together", "every")])
+        self.temperatures = {rule: rule_defaults(rule)["temperature"] for rule, own in KNOBS.items() if "temperature" in own}   # each rule keeps its own
+        for name, value in (rule_defaults("switch") | rule_defaults("est")).items():
+            if name in self.knobs: self._quietly(lambda: self.knobs[name].put(value))
         self.put(state)
 
     def show_gamma(self, gamma:float) -> None:

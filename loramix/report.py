@@ -195,10 +195,11 @@ def crossing_part(
     plan # its plan
 ) -> Markup|None:
     "Why a layer turns when it does; None for rules without a time ramp, and for plans that follow the authors' program call by call."
-    if plan.rule.get("name") not in ("est", "klora") or plan.rule.get("parity") or contest_start(plan) == plan.steps: return None
+    start = contest_start(plan)
+    if plan.rule.get("name") not in ("est", "klora") or plan.rule.get("parity") or start == plan.steps: return None
     table = None if plan.rule["name"] == "est" else mix.scores.top_sum
     numbers, at, layers = ratios(mix.scores, plan.rule["gamma"], table), time_ramp(plan), mix.scores.layers
-    start, example = contest_start(plan), turn_words(numbers, at, layers, contest_start(plan))
+    example = turn_words(numbers, at, layers, start)
     return joined([tag("p", "Each level line is a layer: its ratio of subject to style. The staircase is the time ramp. As long as the line is above the staircase the subject acts; where the ramp passes over it, "
                        "the layer turns to the style. " + (f"Before step {start} both act in full, whatever the ramp says. " if start else "") + example), figure(figure_png(crossing(numbers, at, plan.progress, layers)), "Ratio of each layer, and the time ramp")])
 
