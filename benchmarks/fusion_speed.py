@@ -99,9 +99,9 @@ def timed(pipe, run, steps, device):
 
 
 def timed_in_turn(pipes, run, steps, device, draw):
-    "{name: seconds of one picture, on the clock and of processor time}: every pipeline makes one, a step of each in turn."
+    "{name: [(seconds on the clock, of processor time), …]}, a pair for each step and for what follows the last: every pipeline makes one picture, a step of each in turn."
     from greenlet import greenlet, getcurrent                       # one thread, so that the arms share the pool of workers and no other waits beside it
-    main, spent = getcurrent(), {name: [0., 0.] for name in pipes}
+    main, spent = getcurrent(), {name: [] for name in pipes}
     def pause(pipe, step, t, values):
         if device == "cuda": torch.cuda.synchronize()
         main.switch()
@@ -116,9 +116,9 @@ def timed_in_turn(pipes, run, steps, device, draw):
                 clock, work = time.perf_counter(), time.process_time()
                 turns[name].switch()
                 if device == "cuda": torch.cuda.synchronize()
-                spent[name][0] += time.perf_counter() - clock; spent[name][1] += time.process_time() - work
+                spent[name].append((time.perf_counter() - clock, time.process_time() - work))
     gc.enable()
-    return {name: tuple(seconds) for name, seconds in spent.items()}
+    return spent
 
 
 def bound(over, under, rounds=4000, seed=0):
@@ -168,7 +168,7 @@ def main(args):
         for name, arm in arms.items(): timed(arm, run, args.steps if args.model == "small" else 2, args.device)                          # warm up
         order, draw, before = list(arms), random.Random(1), fusion.changes
         for _ in range(args.pairs):
-            if args.turn == "step": took = timed_in_turn(arms, run, args.steps, args.device, draw)
+            if args.turn == "step": took = {name: tuple(map(sum, zip(*turns))) for name, turns in timed_in_turn(arms, run, args.steps, args.device, draw).items()}
             else:
                 draw.shuffle(order)
                 took = {name: timed(arms[name], run, args.steps, args.device) for name in order}

@@ -1,26 +1,34 @@
 """Every method on one table: held-out and tuning pairs of the small world apart, eight seeds, and 288 pairs of a larger world; P(both) by the judge.
 
     python benchmarks/leaderboard.py                    # stop it and call it again at will; accelerate launch --multi_gpu --num_processes N … shares the work
-    python benchmarks/leaderboard.py --cost             # time and memory only, on an idle machine; the table takes them up the next time
+    python benchmarks/leaderboard.py --cost             # time and memory only; the table takes them up the next time
     python benchmarks/leaderboard.py --grid             # the grid search that gave GRID_FOUND: tuning pairs, the probe encoder
     python benchmarks/leaderboard.py --larger           # 24 subjects × 12 styles that do not ship and that no setting was chosen on, one seed, by a judge of their own
 
 The larger world is made by `python training/data.py; python training/shelf.py subjects & python training/shelf.py styles; wait; python training/shelf.py judge; python
 training/shelf.py world`, an hour of two cores. Seven held-out subjects × five held-out styles leave an interval of ± .15; 24 × 12 leave ± .10.
 
+Time is measured against one merged LoRA, and against the same again (A/A: what the clock itself is worth), all three on pipelines of their own, side by side, a step of each in turn (needs greenlet): a slow moment of the
+machine then slows all three alike. A picture's time is the sum over its steps of each step's median over the rounds; the interval is a bootstrap over rounds. Memory and making ready come from `loramix.cost`.
+
 Writes leaderboard.csv (a line for each split and method), leaderboard.md, leaderboard.png (held-out pairs, seed 0), leaderboard_pictures.csv.gz (a line a picture)
 and leaderboard_cost.csv; of the larger world larger.csv and so on. Pictures are kept in leaderboard.sqlite, larger.sqlite (not in the repository). A new method is a line in METHODS."""
 import argparse
 import json
+import random
 import sys
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
+import torch
 
 import loramix
+from fusion_speed import timed_in_turn
 from loramix import Method
 from loramix.drawing import figure_png
-from loramix.sweeps import attached, ceiling_line, cost, leaderboard, markdown, sheet
+from loramix.sweeps import attached, ceiling_line, cost, leaderboard, made_for, markdown, merged, sheet
 
 HERE = Path(__file__).parent
 REFERENCE = "NP-LoRA"                                                             # the best published static merge; every other is compared with it
@@ -90,16 +98,52 @@ def main(args):
     world, methods = larger() if args.larger else loramix.demo(), [m for m in METHODS if not args.only or m.title in args.only]
     name = "larger" if args.larger else "leaderboard"
     store = args.store or HERE/f"{name}.sqlite"
-    if args.cost:
-        table = cost(methods, *COST_PAIR, world=world, rounds=args.rounds)
-        table.to_csv(args.out/"leaderboard_cost.csv")
-        return print(table.round(3).to_string())
+    if args.cost: return costs(methods, args.rounds, args.out/"leaderboard_cost.csv")
     if args.grid: return print(loramix.tune("direct", GRID, sampler="grid", world=world, store=store, batch=args.batch))
     splits, seeds = (["shelf"], args.seeds or 1) if args.larger else (args.splits, args.seeds or 8)
     batch = args.batch or (1 if args.larger else 4)
     if args.keep and not (args.out/f"{name}_pictures.csv.gz").is_file(): raise FileNotFoundError(f"--keep needs the lines of an earlier table, {args.out/name}_pictures.csv.gz.")
     made = {split: loramix.sweep(methods, split, seeds, world=world, store=store, batch=batch) for split in splits}
     if next(iter(made.values())).crew.main: write(made, args.out, name, args.keep)
+
+
+def costs(methods, rounds, path):
+    "Time, memory and making ready of these methods; a line of the file for each, and other methods' lines stay."
+    torch.set_num_threads(1)                                                      # two threads wait for each other wherever one of them is interrupted
+    beside, draw = {"merged": arm(Method("merged", make=merged)), "again": arm(Method("again", make=merged))}, random.Random(0)
+    for method in methods:
+        known = pd.read_csv(path).set_index("method") if path.is_file() else pd.DataFrame()
+        line = time_line(beside | {"method": arm(method)}, rounds, draw) | cost([method], *COST_PAIR, world=quiet(), rounds=1).loc[method.title, ["memory_ratio", "making_ready"]].to_dict()
+        lines = {**known.T.to_dict(), method.title: line}
+        pd.DataFrame([dict(method=m.title, **lines[m.title]) for m in METHODS if m.title in lines]).astype({"rounds": int}).to_csv(path, index=False)
+        print(f"{method.title}: " + ", ".join(f"{key} {value:.4g}" for key, value in line.items()), flush=True)
+
+
+def quiet():
+    "The small world, loaded anew, without progress bars."
+    world = loramix.demo()
+    world.pipe.set_progress_bar_config(disable=True)
+    return world
+
+
+def arm(method):
+    "A method at work on a small world of its own: what draws a picture with it."
+    world = quiet()
+    return partial(made_for(method, world, *COST_PAIR), world.prompt(*COST_PAIR), seed=0)
+
+
+def time_line(arms, rounds, draw):
+    "Seconds of a picture, and ratios to the merged LoRA with 95 % intervals."
+    run = dict(loramix.demo().run)
+    steps, took = run.pop("num_inference_steps"), {name: [] for name in arms}
+    for _ in range(rounds + 1):
+        for name, turns in timed_in_turn(arms, run, steps, "cpu", draw).items(): took[name].append([clock for clock, _ in turns])
+    took = {name: np.array(turns[1:]) for name, turns in took.items()}               # the first round warms up
+    line = dict(seconds=np.median(took["method"], 0).sum(), rounds=rounds)
+    for name, key in (("method", "time_ratio"), ("again", "again")):
+        ratios = [np.median(took[name][some], 0).sum()/np.median(took["merged"][some], 0).sum() for some in [np.arange(rounds), *np.random.default_rng(0).integers(0, rounds, (2000, rounds))]]
+        line |= {key: ratios[0], f"{key}_low": np.quantile(ratios[1:], .025), f"{key}_high": np.quantile(ratios[1:], .975)}
+    return line
 
 
 def larger():
@@ -162,7 +206,7 @@ if __name__ == "__main__":
     parser.add_argument("--batch", type=int, help="seeds drawn in one call: 4, or 1 of the larger world; one picture may differ by a level with another")
     parser.add_argument("--cost", action="store_true", help="measure time and memory instead")
     parser.add_argument("--grid", action="store_true", help="search the weights of the sum instead")
-    parser.add_argument("--rounds", type=int, default=7, help="rounds of --cost")
+    parser.add_argument("--rounds", type=int, default=20, help="rounds of --cost; 60 tell two from one per cent")
     parser.add_argument("--store", type=Path, help="where the pictures are kept")
     parser.add_argument("--out", type=Path, default=HERE)
     main(parser.parse_args())

@@ -8,8 +8,8 @@ Docs: https://loramix.github.io/loramix/sweeps.html.md"""
 __all__ = ['log', 'METHODS', 'add_method', 'Alone', 'subject_alone', 'style_alone', 'find_method', 'attached', 'Method',
            'as_method', 'code_digest', 'method_facts', 'find_file', 'base_facts', 'Cell', 'make_cell', 'World', 'Store',
            'Crew', 'find_crew', 'draw_cell', 'measure_missing', 'find_pairs', 'library_digest', 'sweep', 'draw_all',
-           'Sweep', 'leaderboard', 'differences', 'ceiling_line', 'markdown', 'peak_memory', 'merged', 'Merged', 'cost',
-           'sheet', 'report']
+           'Sweep', 'leaderboard', 'differences', 'ceiling_line', 'markdown', 'peak_memory', 'merged', 'Merged',
+           'made_for', 'cost', 'sheet', 'report']
 
 # %% ../nbs/10a_sweeps.ipynb #e7e4038a
 import ast, base64, hashlib, html, inspect, io, json, logging, os, sqlite3, sys, textwrap, time
@@ -638,6 +638,22 @@ class Merged:
     def remove(self): self._swap()
 
 # %% ../nbs/10a_sweeps.ipynb #298378a5
+def made_for(
+    method:Method, # a method
+    world, # `loramix.demo()` or a `World`
+    subject:str, # name of the subject
+    style:str, # name of the style
+    run:dict|None=None # arguments of the pipeline that differ from the world's own
+): # what the method makes: callable with a prompt and a seed, with `remove()`
+    "A method at work on the world's pipeline, with everything done that its first picture would do beforehand."
+    (make, settings), prompt, run = method.made_by, world.prompt(subject, style), dict(world.run) | dict(run or {})
+    m = make(world.pipe, find_file(world.subjects[subject]), find_file(world.styles[style]), **settings, **_wanted(make, prompt=prompt, run=run))
+    try:
+        if getattr(m, "waiting", False): m.probe(prompt, **run)
+        m(prompt, seed=0, **run | dict(num_inference_steps=2))
+    except BaseException: m.remove(); raise
+    return m
+
 def cost(
     methods, # names and `Method`s
     subject:str, # name of the subject
@@ -651,18 +667,14 @@ def cost(
     import pandas as pd
     world, run = world or demo(), dict(run or {})
     run, methods, rows = dict(world.run) | run, [Method("one merged LoRA", make=merged), *map(as_method, methods)], []
-    pair, prompt = (find_file(world.subjects[subject]), find_file(world.styles[style])), world.prompt(subject, style)
     for round in range(rounds + 1):                                             # the first round warms up
         for method in methods:
-            make, settings = method.made_by
             start = time.perf_counter()
-            m = make(world.pipe, *pair, **settings, **_wanted(make, prompt=prompt, run=run))
+            m = made_for(method, world, subject, style, run)
             try:
-                if getattr(m, "waiting", False): m.probe(prompt, **run)
-                m(prompt, seed=0, **run | dict(num_inference_steps=2))           # whatever the first call makes ready
                 ready, _ = time.perf_counter() - start, peak_memory(reset=True)
                 start = time.perf_counter()
-                m(prompt, seed=round, **run)
+                m(world.prompt(subject, style), seed=round, **run)
                 rows.append(dict(method=method.title, round=round, seconds=time.perf_counter() - start, ready=ready, memory=peak_memory()))
             finally: m.remove()
     return _cost_table(pd.DataFrame(rows), methods[0].title)

@@ -174,6 +174,8 @@ def _check_shape(pipe, lora, update, name, weight):
         f"(family {lora.family!r}). Load the pipeline that the LoRA was trained for.")
 
 # %% ../nbs/05b_weights.ipynb #4337e024
+_LARGE = 1 << 18 # numbers in a layer from which on it is read and written as seldom as possible
+
 def save_site(
     site:Site, # a layer about to be edited
     backup:str="device" # "device": the copy stays beside the weight; "cpu": in (pinned) CPU memory
@@ -193,10 +195,9 @@ def bring_site(
     if backup == "device" and site.saved.device != device: site.saved = site.saved.to(device)
     if site.factors and all(f is None or f[0].device == device for f in site.factors): return
     site.factors = [None if u is None else (*u.factors(torch.promote_types(u.up.dtype, u.down.dtype), device), u.scale) for u in site.updates]
+    if site.saved.numel() < _LARGE: site.factors = [f and (f[0].to(site.dtype), f[1].to(site.dtype), f[2]) for f in site.factors]
 
 # %% ../nbs/05b_weights.ipynb #bdb31019
-_LARGE = 1 << 18 # numbers in a layer from which on it is read and written as seldom as possible
-
 def _joined(active, dtype):
     "Weighted factors in place as one update: [(up, down, scale)], the largest scale left outside, so that its factors are not rounded again; see `joined`."
     largest = max((scale for _, _, scale in active), key=abs)

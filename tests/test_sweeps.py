@@ -144,16 +144,17 @@ from loramix.sweeps import Store, sweep
 world, path = loramix.demo(), sys.argv[1]
 def draw(): return sweep(["subject", "direct", "est soft"], [("rocket", "line"), ("crab", "duotone")], 4, world=world, store=path, run=dict(num_inference_steps=1), progress=False)
 draw_one = sweep(["direct"], [("rocket", "line")], 1, world=world, store=path + ".warm", run=dict(num_inference_steps=1), progress=False)
-rng, counts = random.Random(int(sys.argv[2])), []
+rng, counts, longest = random.Random(int(sys.argv[2])), [], float(sys.argv[3])
 for _ in range(20):
     child = os.fork()
     if child == 0:
         try: draw()
         finally: os._exit(0)
-    time.sleep(rng.uniform(0, float(sys.argv[3])))
+    time.sleep(rng.uniform(0, longest))
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
     counts.append(len(Store(path)) if os.path.exists(path) else 0)
+    if counts[-1] == (counts[-2] if len(counts) > 1 else 0) and counts[-1] < 24: longest *= 1.3     # nothing came of it: later next time, whatever the speed of the machine
 print(*counts)
 made = draw()
 print(len(made.store), len(made.missing()))
@@ -165,11 +166,11 @@ def test_killed_twenty_times_at_random_points(world, tmp_path):
     (tmp_path/"killer.py").write_text(KILLER)
     start = time.perf_counter()
     whole = sweep(["subject", "direct", "est soft"], PAIRS, 4, world=world, store=tmp_path/"whole.sqlite", run=dict(num_inference_steps=1), progress=False)
-    longest = max(.3, (time.perf_counter() - start)/5)
+    longest = (time.perf_counter() - start)/20
     result = subprocess.run([sys.executable, str(tmp_path/"killer.py"), str(tmp_path/"killed.sqlite"), "3", str(longest)], capture_output=True, text=True, timeout=900, env=ENV, cwd=ROOT)
     assert result.returncode == 0, result.stderr[-2000:]
     counts, end = ([int(x) for x in line.split()] for line in result.stdout.strip().splitlines()[-2:])
-    assert end == [24, 0] and counts == sorted(counts) and 0 < counts[9] and counts[0] < 24
+    assert end == [24, 0] and counts == sorted(counts) and any(0 < count < 24 for count in counts)
     same_content(tmp_path/"killed.sqlite", tmp_path/"whole.sqlite")
     assert len(whole.store) == 24
 
