@@ -9,7 +9,8 @@ The larger world is made by `python training/data.py; python training/shelf.py s
 training/shelf.py world`, an hour of two cores. Seven held-out subjects × five held-out styles leave an interval of ± .15; 24 × 12 leave ± .10.
 
 Time is measured against one merged LoRA, and against the same again (A/A: what the clock itself is worth), all three on pipelines of their own, side by side, a step of each in turn (needs greenlet): a slow moment of the
-machine then slows all three alike. A picture's time is the sum over its steps of each step's median over the rounds; the interval is a bootstrap over rounds. Memory and making ready come from `loramix.cost`.
+machine then slows all three alike. A picture's time is the sum over its steps of each step's median over the rounds; the interval is a bootstrap over rounds. `editing` needs no second arm: the time of a
+picture over that time without what loramix does in it (find the step's row, write the layers that change). Memory and making ready come from `loramix.cost`.
 
 Writes leaderboard.csv (a line for each split and method), leaderboard.md, leaderboard.png (held-out pairs, seed 0), leaderboard_pictures.csv.gz (a line a picture)
 and leaderboard_cost.csv; of the larger world larger.csv and so on. Pictures are kept in leaderboard.sqlite, larger.sqlite (not in the repository). A new method is a line in METHODS."""
@@ -17,6 +18,7 @@ import argparse
 import json
 import random
 import sys
+import time
 from functools import partial
 from pathlib import Path
 
@@ -28,6 +30,7 @@ import loramix
 from fusion_speed import timed_in_turn
 from loramix import Method
 from loramix.drawing import figure_png
+from loramix.fusion import Fusion
 from loramix.sweeps import attached, ceiling_line, cost, leaderboard, made_for, markdown, merged, sheet
 
 HERE = Path(__file__).parent
@@ -113,7 +116,8 @@ def costs(methods, rounds, path):
     beside, draw = {"merged": arm(Method("merged", make=merged)), "again": arm(Method("again", make=merged))}, random.Random(0)
     for method in methods:
         known = pd.read_csv(path).set_index("method") if path.is_file() else pd.DataFrame()
-        line = time_line(beside | {"method": arm(method)}, rounds, draw) | cost([method], *COST_PAIR, world=quiet(), rounds=1).loc[method.title, ["memory_ratio", "making_ready"]].to_dict()
+        drawn = arm(method)
+        line = time_line(beside | {"method": drawn}, rounds, draw) | editing(drawn, rounds) | cost([method], *COST_PAIR, world=quiet(), rounds=1).loc[method.title, ["memory_ratio", "making_ready"]].to_dict()
         lines = {**known.T.to_dict(), method.title: line}
         pd.DataFrame([dict(method=m.title, **lines[m.title]) for m in METHODS if m.title in lines]).astype({"rounds": int}).to_csv(path, index=False)
         print(f"{method.title}: " + ", ".join(f"{key} {value:.4g}" for key, value in line.items()), flush=True)
@@ -130,6 +134,27 @@ def arm(method):
     "A method at work on a small world of its own: what draws a picture with it."
     world = quiet()
     return partial(made_for(method, world, *COST_PAIR), world.prompt(*COST_PAIR), seed=0)
+
+
+def editing(drawn, rounds):
+    "Layer edits of a picture, and the time of a picture over that time without the library's own (median of the rounds, highest); nothing for what is no fusion."
+    fusion, run, ratios, spent = getattr(drawn.func, "fusion", None), loramix.demo().run, [], 0.
+    if fusion is None: return {}
+    def timed(work):
+        def within(*args):
+            nonlocal spent
+            start = time.perf_counter()
+            result = work(*args)
+            spent += time.perf_counter() - start
+            return result
+        return within
+    fusion.go_to, fusion.show, before = timed(fusion.go_to), timed(fusion.show), fusion.changes
+    for _ in range(rounds):
+        start, spent = time.perf_counter(), 0.
+        drawn(**run)
+        took = time.perf_counter() - start
+        ratios.append(took/(took - spent))
+    return dict(edits=(fusion.changes - before)/rounds, editing=np.median(ratios), editing_high=max(ratios))
 
 
 def time_line(arms, rounds, draw):
