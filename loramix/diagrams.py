@@ -586,7 +586,7 @@ def intervals(
     labels, table = _check_intervals(rows)
     pale = np.zeros(len(table), bool) if zero is None else (table[:, 1] <= zero) & (zero <= table[:, 2])
     said = [f"{value:.3f} [{low:.3f}, {high:.3f}]".replace("-", "−") for value, low, high in table]
-    labels = [shorten(label, 280) for label in labels]
+    labels = [shorten(label, 360) for label in labels]
     left, right, height = 24 + ceil(max(map(text_width, labels))), 16 + ceil(max(text_width(text, SMALL) for text in said)), 26
     across_width = max(WIDTH - 120 - left - right, 240)
     draw_head, y = head(title, [([FAINT], "holds the line"), ([INK], "does not")] if pale.any() else [], left + across_width + right)

@@ -4,7 +4,6 @@ import os
 import re
 import subprocess
 import sys
-import time
 from configparser import ConfigParser
 from pathlib import Path
 
@@ -30,18 +29,6 @@ def test_import_and_help_need_neither_torch_nor_diffusers():
     for job in ("import loramix", "import loramix; dir(loramix)", "from loramix.cli import make_parser; make_parser().format_help()"):
         result = python(code.format(job))
         assert result.returncode == 0, result.stderr
-
-
-def test_import_is_quick():
-    "Under 0.3 s over bare Python; the best of five, since other work shares the machine."
-    def seconds(code):
-        start = time.perf_counter()
-        python(code)
-        return time.perf_counter() - start
-    best = lambda code: min(seconds(code) for _ in range(5))
-    bare = best("pass")
-    assert best("import loramix") - bare < .3
-    assert best("from loramix.cli import main\ntry: main(['--help'])\nexcept SystemExit: pass") - bare < .3
 
 
 def test_every_public_name_is_there():
