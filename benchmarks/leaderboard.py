@@ -1,7 +1,7 @@
 """Every method on one table: held-out and tuning pairs of the small world apart, eight seeds, and 288 pairs of a larger world; P(both) by the judge.
 
     python benchmarks/leaderboard.py                    # stop it and call it again at will; accelerate launch --multi_gpu --num_processes N … shares the work
-    python benchmarks/leaderboard.py --cost             # time and memory only; the table takes them up the next time
+    python benchmarks/leaderboard.py --cost             # time and memory only; the tables that stand take them up
     python benchmarks/leaderboard.py --grid             # the grid search that gave GRID_FOUND: tuning pairs, the probe encoder
     python benchmarks/leaderboard.py --larger           # 24 subjects × 12 styles that do not ship and that no setting was chosen on, one seed, by a judge of their own
 
@@ -121,6 +121,8 @@ def costs(methods, rounds, path):
         lines = {**known.T.to_dict(), method.title: line}
         pd.DataFrame([dict(method=m.title, **lines[m.title]) for m in METHODS if m.title in lines]).astype({"rounds": int}).to_csv(path, index=False)
         print(f"{method.title}: " + ", ".join(f"{key} {value:.4g}" for key, value in line.items()), flush=True)
+    for name in ("leaderboard", "larger"):
+        if (path.parent/f"{name}_pictures.csv.gz").is_file(): write({}, path.parent, name, keep=True)
 
 
 def quiet():
