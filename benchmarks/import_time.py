@@ -1,4 +1,4 @@
-"""What `import loramix` and `loramix --help` take over bare Python, in seconds: the best of five processes each, since other work shares the machine.
+"""What `import loramix` and `loramix --help` take over bare Python, in seconds: the best of five processes each, since other work shares the machine. The bar is 0.3 s over bare Python, for both.
 
     python benchmarks/import_time.py"""
 import subprocess, sys, time

@@ -30,7 +30,6 @@ import loramix
 from fusion_speed import timed_in_turn
 from loramix import Method
 from loramix.drawing import figure_png
-from loramix.fusion import Fusion
 from loramix.sweeps import attached, ceiling_line, cost, leaderboard, made_for, markdown, merged, sheet
 
 HERE = Path(__file__).parent
@@ -98,10 +97,11 @@ SHOWN = ["subject LoRA alone", "style LoRA alone", "plain sum", "NP-LoRA", "ZipL
 
 
 def main(args):
-    world, methods = larger() if args.larger else loramix.demo(), [m for m in METHODS if not args.only or m.title in args.only]
+    methods = [m for m in METHODS if not args.only or m.title in args.only]
+    if args.cost: return costs(methods, args.rounds, args.out/"leaderboard_cost.csv")
+    world = larger() if args.larger else loramix.demo()
     name = "larger" if args.larger else "leaderboard"
     store = args.store or HERE/f"{name}.sqlite"
-    if args.cost: return costs(methods, args.rounds, args.out/"leaderboard_cost.csv")
     if args.grid: return print(loramix.tune("direct", GRID, sampler="grid", world=world, store=store, batch=args.batch))
     splits, seeds = (["shelf"], args.seeds or 1) if args.larger else (args.splits, args.seeds or 8)
     batch = args.batch or (1 if args.larger else 4)
@@ -113,12 +113,12 @@ def main(args):
 def costs(methods, rounds, path):
     "Time, memory and making ready of these methods; a line of the file for each, and other methods' lines stay."
     torch.set_num_threads(1)                                                      # two threads wait for each other wherever one of them is interrupted
-    beside, draw = {"merged": arm(Method("merged", make=merged)), "again": arm(Method("again", make=merged))}, random.Random(0)
+    world, draw, beside = quiet(), random.Random(0), {name: arm(Method(name, make=merged)) for name in ("merged", "again")}
+    lines = pd.read_csv(path).set_index("method").to_dict("index") if path.is_file() else {}
     for method in methods:
-        known = pd.read_csv(path).set_index("method") if path.is_file() else pd.DataFrame()
         drawn = arm(method)
-        line = time_line(beside | {"method": drawn}, rounds, draw) | editing(drawn, rounds) | cost([method], *COST_PAIR, world=quiet(), rounds=1).loc[method.title, ["memory_ratio", "making_ready"]].to_dict()
-        lines = {**known.T.to_dict(), method.title: line}
+        line = lines[method.title] = (time_line(beside | {"method": drawn}, world.run, rounds, draw) | editing(drawn, world.run, rounds)
+            | cost([method], *COST_PAIR, world=world, rounds=1).loc[method.title, ["memory_ratio", "making_ready"]].to_dict())
         pd.DataFrame([dict(method=m.title, **lines[m.title]) for m in METHODS if m.title in lines]).astype({"rounds": int}).to_csv(path, index=False)
         print(f"{method.title}: " + ", ".join(f"{key} {value:.4g}" for key, value in line.items()), flush=True)
     for name in ("leaderboard", "larger"):
@@ -138,9 +138,9 @@ def arm(method):
     return partial(made_for(method, world, *COST_PAIR), world.prompt(*COST_PAIR), seed=0)
 
 
-def editing(drawn, rounds):
+def editing(drawn, run, rounds):
     "Layer edits of a picture, and the time of a picture over that time without the library's own (median of the rounds, highest); nothing for what is no fusion."
-    fusion, run, ratios, spent = getattr(drawn.func, "fusion", None), loramix.demo().run, [], 0.
+    fusion, ratios, spent = getattr(drawn.func, "fusion", None), [], 0.
     if fusion is None: return {}
     def timed(work):
         def within(*args):
@@ -159,10 +159,10 @@ def editing(drawn, rounds):
     return dict(edits=(fusion.changes - before)/rounds, editing=np.median(ratios), editing_high=max(ratios))
 
 
-def time_line(arms, rounds, draw):
+def time_line(arms, run, rounds, draw):
     "Seconds of a picture, and ratios to the merged LoRA with 95 % intervals."
-    run = dict(loramix.demo().run)
-    steps, took = run.pop("num_inference_steps"), {name: [] for name in arms}
+    run, took = dict(run), {name: [] for name in arms}
+    steps = run.pop("num_inference_steps")
     for _ in range(rounds + 1):
         for name, turns in timed_in_turn(arms, run, steps, "cpu", draw).items(): took[name].append([clock for clock, _ in turns])
     took = {name: np.array(turns[1:]) for name, turns in took.items()}               # the first round warms up
@@ -192,7 +192,7 @@ def write(made, out, name, keep):
     for split in {"held-out", "shelf"} & set(made):
         if not keep: (out/f"{name}.png").write_bytes(figure_png(sheet(made[split], methods=[t for t in SHOWN if t in {m.title for m in made[split].methods}])))
     pd.concat(lines).to_csv(out/f"{name}.csv", index=False)
-    pd.concat(frames.values()).to_csv(out/f"{name}_pictures.csv.gz", index=False)
+    pd.concat(frames.values()).to_csv(out/f"{name}_pictures.csv.gz", index=False, compression=dict(method="gzip", mtime=0))     # the same lines, the same file
     (out/f"{name}.md").write_text("# Leaderboard\n\nWritten by `benchmarks/leaderboard.py`.\n\n" + "\n".join(text), encoding="utf-8")
     print("\n".join(text))
 

@@ -349,8 +349,7 @@ def draw_cell(
     batch:int=1 # seeds drawn together
 ) -> None:
     "Draw a method's pictures of a pair and store each as soon as it is there."
-    make, settings = cell.method.made_by
-    m = make(world.pipe, find_file(world.subjects[cell.subject]), find_file(world.styles[cell.style]), **settings, **_wanted(make, prompt=cell.prompt, run=run))
+    m = _made(cell.method, world, cell.subject, cell.style, cell.prompt, run)
     try:
         for block in sorted({seed//batch for seed in seeds}):
             start, together = time.perf_counter(), range(block*batch, (block + 1)*batch)
@@ -364,6 +363,11 @@ def _draw_block(m, prompt, seeds, run):
     "The pictures of some seeds, in one call."
     if len(seeds) == 1: return [m(prompt, seed=seeds[0], **run)]
     return m(prompt, generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds], num_images_per_prompt=len(seeds), **run)
+
+def _made(method, world, subject, style, prompt, run):
+    "What a method makes of a pair on the world's pipeline."
+    make, settings = method.made_by
+    return make(world.pipe, find_file(world.subjects[subject]), find_file(world.styles[style]), **settings, **_wanted(make, prompt=prompt, run=run))
 
 def _wanted(make, **offered):
     "Those of the offered arguments that a method's function names; `mix` measures with the first call's prompt by itself."
@@ -646,8 +650,8 @@ def made_for(
     run:dict|None=None # arguments of the pipeline that differ from the world's own
 ): # what the method makes: callable with a prompt and a seed, with `remove()`
     "A method at work on the world's pipeline, with everything done that its first picture would do beforehand."
-    (make, settings), prompt, run = method.made_by, world.prompt(subject, style), dict(world.run) | dict(run or {})
-    m = make(world.pipe, find_file(world.subjects[subject]), find_file(world.styles[style]), **settings, **_wanted(make, prompt=prompt, run=run))
+    prompt, run = world.prompt(subject, style), dict(world.run) | dict(run or {})
+    m = _made(method, world, subject, style, prompt, run)
     try:
         if getattr(m, "waiting", False): m.probe(prompt, **run)
         m(prompt, seed=0, **run | dict(num_inference_steps=2))

@@ -144,7 +144,7 @@ from loramix.sweeps import Store, sweep
 world, path = loramix.demo(), sys.argv[1]
 def draw(): return sweep(["subject", "direct", "est soft"], [("rocket", "line"), ("crab", "duotone")], 4, world=world, store=path, run=dict(num_inference_steps=1), progress=False)
 draw_one = sweep(["direct"], [("rocket", "line")], 1, world=world, store=path + ".warm", run=dict(num_inference_steps=1), progress=False)
-rng, counts, longest = random.Random(int(sys.argv[2])), [], float(sys.argv[3])
+rng, counts, longest = random.Random(int(sys.argv[2])), [0], float(sys.argv[3])
 for _ in range(20):
     child = os.fork()
     if child == 0:
@@ -154,8 +154,8 @@ for _ in range(20):
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
     counts.append(len(Store(path)) if os.path.exists(path) else 0)
-    if counts[-1] == (counts[-2] if len(counts) > 1 else 0) and counts[-1] < 24: longest *= 1.3     # nothing came of it: later next time, whatever the speed of the machine
-print(*counts)
+    if counts[-1] == counts[-2] < 24: longest *= 1.3     # nothing came of it: later next time, whatever the speed of the machine
+print(*counts[1:])
 made = draw()
 print(len(made.store), len(made.missing()))
 """
